@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first call makes (see requirements/install.sh).
+#   make demo PYTHON=python3.12       the Python to make it with
+#   make test ARGS="-k compat -x"     more arguments for pytest
+
+.PHONY: help install demo test test-long lint format lock clean
+.DEFAULT_GOAL := help
+
+VENV := .venv/bin
+ARGS ?=
+
+help:
+	@echo "make demo       train plain and self-distilled detectors on generated pictures"
+	@echo "make test       the tests (under 10 minutes on two cores)"
+	@echo "make test-long  the tests that take longer (under 40 minutes)"
+	@echo "make lint       ruff: lint and format check"
+	@echo "make format     ruff: fix and format"
+	@echo "make lock       pin requirements/requirements.in into requirements/requirements.txt"
+	@echo "make clean      remove .venv and what was generated"
+
+install:
+	@PYTHON="$(PYTHON)" requirements/install.sh
+
+demo: install
+	@$(VENV)/python tools/demo.py $(ARGS)
+
+test: install
+	@$(VENV)/python -m pytest -m "not long" -rs $(ARGS)
+
+test-long: install
+	@$(VENV)/python -m pytest -m long -rs $(ARGS)
+
+lint: install
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+
+format: install
+	@$(VENV)/ruff check --fix .
+	@$(VENV)/ruff format .
+
+lock: install
+	@.venv/bootstrap/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade \
+		--custom-compile-command "make lock" --output-file requirements/requirements.txt \
+		requirements/requirements.in
+
+clean:
+	rm -rf .venv output build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

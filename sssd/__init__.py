@@ -1,0 +1,25 @@
+"""sssd: self-distillation for Detectron2's object detectors (arXiv 2303.05015).
+
+``import sssd`` registers the meta-architecture "SelfDistiller" and the datasets. Without
+Detectron2, ``sssd.losses`` and ``sssd.teacher`` still work.
+"""
+
+from importlib.util import find_spec
+
+import sssd_compat
+
+__version__ = "0.1.0"
+
+if find_spec("detectron2") is not None:
+    sssd_compat.apply()  # before anything of Detectron2's layers or data is imported
+    from . import data  # noqa: F401  (registers the datasets)
+    from .config import add_sssd_config
+    from .meta_arch import Phases, SelfDistiller
+
+    __all__ = ["Phases", "SelfDistiller", "add_sssd_config"]
+else:
+
+    def __getattr__(name: str):
+        if name in ("Phases", "SelfDistiller", "add_sssd_config"):
+            sssd_compat.require_detectron2()
+        raise AttributeError(f"module 'sssd' has no attribute {name!r}")

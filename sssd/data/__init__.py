@@ -1,0 +1,25 @@
+"""Datasets: the demo set, registration, checks, and the mapper.
+
+Importing this package registers the datasets with Detectron2.
+"""
+
+from .. import _detectron2  # noqa: F401
+
+# isort: split
+from .annotations import AnnotationError, AnnotationReport, check_annotation_file, check_dataset
+from .datasets import dataset_files, is_coco_style, register_datasets
+from .demo import make_demo_dataset
+from .mapper import CheckedDatasetMapper, ImageError
+
+__all__ = [
+    "AnnotationError",
+    "AnnotationReport",
+    "CheckedDatasetMapper",
+    "ImageError",
+    "check_annotation_file",
+    "check_dataset",
+    "dataset_files",
+    "is_coco_style",
+    "make_demo_dataset",
+    "register_datasets",
+]

@@ -1,0 +1,47 @@
+"""Hooks for Detectron2's trainers."""
+
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+
+__all__ = ["BestCheckpointer", "DistillationMetrics"]
+
+
+class DistillationMetrics(HookBase):
+    """Logs the raw distance, the coefficient and the share of the total loss.
+
+    Their names contain "loss", so that Detectron2's console writer prints them beside the losses.
+    They come from what the trainer has logged already: a value taken off the device in the middle
+    of an iteration would make the device wait.
+    """
+
+    def __init__(self, model) -> None:
+        """
+        Args:
+            model: the SelfDistiller, without DistributedDataParallel around it.
+        """
+        self._model = model
+
+    def after_step(self) -> None:
+        storage = self.trainer.storage
+        coefficient = float(self._model.last_coefficient)
+        storage.put_scalar("loss_distill/coefficient", coefficient, smoothing_hint=False)
+        latest = storage.latest()
+        if "loss_distill" not in latest or "total_loss" not in latest:
+            return  # only the main process gathers the losses
+        weighted, total = latest["loss_distill"][0], latest["total_loss"][0]
+        # The logged loss is the mean over processes; with coefficient 0 there is only our own.
+        distance = weighted / coefficient if coefficient else float(self._model.last_distance)
+        storage.put_scalar("loss_distill/distance", distance)
+        storage.put_scalar("loss_distill/share", weighted / total if total else 0.0)
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's, which also remembers the best value over a resume."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_metric = state_dict["best_metric"]
+        self.best_iter = state_dict["best_iter"]

@@ -1,0 +1,147 @@
+"""From a command line to a checked config."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..config import add_sssd_config
+from ..data import check_dataset, is_coco_style
+from ..meta_arch import SelfDistiller
+from ..meta_arch.build import student_num_classes
+from .checkpoint import CheckpointError
+
+__all__ = ["check_datasets", "describe_distillation", "load_config", "setup"]
+
+logger = logging.getLogger("sssd")
+
+# Keys of MODEL in which a resumed run may differ from the run that it continues.
+_FREE_ON_RESUME = ("MODEL.WEIGHTS", "MODEL.DEVICE")
+
+
+def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
+    """Detectron2's defaults, sssd's keys, a config file (safe YAML) and overrides, in this order.
+
+    Args:
+        config_file: path; "" for none.
+        opts: alternating keys and values, as on Detectron2's command lines.
+    """
+    cfg = get_cfg()
+    add_sssd_config(cfg)
+    if config_file:
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    cfg.merge_from_list(list(opts))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def setup(args: Any) -> CfgNode:
+    """Config and logging for a training or evaluation, from Detectron2's own flags.
+
+    Raises:
+        CheckpointError: when ``--resume`` would continue a run with another config.
+        ValueError: when test-time augmentation is asked of the SelfDistiller.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE == "SelfDistiller":
+        raise ValueError(
+            "Test-time augmentation works on the stock detector: write it with "
+            "tools/export_student.py and evaluate that with Detectron2's own tools "
+            "(TEST.AUG.ENABLED must be False here)."
+        )
+    if getattr(args, "resume", False):
+        check_resumed_config(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sssd")
+    return cfg
+
+
+def check_resumed_config(cfg: CfgNode) -> None:
+    """Refuses to continue a run of OUTPUT_DIR whose model or training data were others.
+
+    The schedule may change (to train longer). Does nothing where there is no run to continue.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return
+    if not os.path.isfile(path):
+        return
+    with open(path) as f:
+        before = _flatten(yaml.safe_load(f))
+    now = _flatten(yaml.safe_load(cfg.dump()))
+    changed = [
+        key
+        for key in before.keys() & now.keys()  # two versions of Detectron2 have different keys
+        if before[key] != now[key]
+        and (key.startswith("MODEL.") or key == "DATASETS.TRAIN")
+        and key not in _FREE_ON_RESUME
+    ]
+    if changed:
+        differences = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in sorted(changed))
+        raise CheckpointError(
+            f"{cfg.OUTPUT_DIR} holds a run with another config ({differences}); resume it with the "
+            "config that it was started with, or choose another OUTPUT_DIR."
+        )
+
+
+def check_datasets(cfg: CfgNode, model: nn.Module) -> None:
+    """Checks every COCO-format dataset of the config against its files and the class count."""
+    if isinstance(model, SelfDistiller):
+        num_classes = model.teacher.num_classes
+    else:
+        num_classes = student_num_classes(model)
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        if is_coco_style(name):
+            report = check_dataset(name, num_classes)
+            logger.info(report.summary())
+
+
+def describe_distillation(model: SelfDistiller, cfg: CfgNode) -> str:
+    """One line: what is distilled, from which iteration on, with which coefficient."""
+    phases, keys = model.phases, cfg.MODEL.SSSD
+    options = model.training_parts["distillation"].options
+    first, last = phases.no_distill_iters, phases.max_iter - phases.distill_off_iters
+    if model.schedule is None:
+        coefficient = f"held at {keys.COEFFICIENT.SHARE:.0%} of the total loss"
+    else:
+        coefficient = ", ".join(
+            f"{model.schedule(i):g} from iteration {i}" for i in _changes(model.schedule, phases)
+        )
+        coefficient = f"{keys.COEFFICIENT.SCHEDULE} ({coefficient})"
+    frozen = phases.freeze_backbone_iters
+    return (
+        f"Self-distillation of {type(model.student).__name__}: levels "
+        f"{', '.join(model.teacher.strides)}, distance {options['distance']} "
+        f"({options['axis']}, {options['reduction']}), gradient to the student in iterations "
+        f"{min(first, last)} to {last} of {phases.max_iter}, coefficient {coefficient}, "
+        + (f"backbone frozen until iteration {frozen}." if frozen else "backbone never frozen.")
+    )
+
+
+def _changes(schedule: Any, phases: Any) -> list[int]:
+    """First iteration, then those at which a step schedule changes; first and last for others."""
+    milestones = schedule.keywords.get("milestones")
+    if milestones is not None:
+        return [0, *(m for m in milestones if m < phases.max_iter)]
+    if "max_iter" in schedule.keywords:
+        return [0, phases.max_iter - 1]
+    return [0]
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

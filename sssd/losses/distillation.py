@@ -1,0 +1,103 @@
+"""The distillation term of the detectors: adapter, normalisation, distance."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from .pyramid import Pyramid, check_options, check_pyramids, instance_norm, pyramid_distance
+
+__all__ = ["PyramidAdapter", "PyramidDistillation"]
+
+
+class PyramidAdapter(nn.Sequential):
+    """Three 3x3 convolutions with ReLU between them, shared by all levels (LGD's adapter).
+
+    It takes up the systematic difference between the student's maps and the teacher's, so that
+    the student itself need not. Maps (N, C, H, W) keep their shape.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+
+class PyramidDistillation(nn.Module):
+    """Distance of InstanceNorm(adapter(student)) from InstanceNorm(teacher without gradient).
+
+    The published coefficients assume both normalisations and the adapter on the student's side
+    only. The result is raw: the coefficient is applied by the caller.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        distance: str = "js",
+        axis: str = "channel",
+        reduction: str = "element_mean",
+        level_reduction: str = "mean",
+        level_weights: Sequence[float] = (),
+        temperature: float = 1.0,
+        log_base: float = 2.0,
+        mask_padding: bool = True,
+    ) -> None:
+        """
+        Args:
+            channels: width C of the pyramid.
+            mask_padding: leave the padded cells of the batch out of normalisation and distance.
+            others: see :func:`sssd.losses.pyramid_distance`.
+
+        Raises:
+            ValueError: for an unknown option.
+        """
+        super().__init__()
+        self.adapter = PyramidAdapter(channels)
+        self.mask_padding = mask_padding
+        self.options = {
+            "distance": distance,
+            "axis": axis,
+            "reduction": reduction,
+            "level_reduction": level_reduction,
+            "level_weights": tuple(level_weights),
+            "temperature": temperature,
+            "log_base": log_base,
+        }
+        check_options(**self.options)  # now, and not at the first iteration of a training
+
+    def forward(
+        self, student: Pyramid, teacher: Pyramid, masks: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """
+        Args:
+            student, teacher: level -> (N, C, H, W). The teacher gets no gradient from here; detach
+                the student's maps to train the adapter alone.
+            masks: level -> bool (N, H, W), True inside the images.
+
+        Returns:
+            Scalar distance, float32.
+
+        Raises:
+            ValueError: for pyramids or masks that do not match.
+        """
+        check_pyramids(student, teacher, masks)
+        if not self.mask_padding:
+            masks = None
+
+        def normalise(maps: Pyramid) -> dict[str, Tensor]:
+            return {
+                level: instance_norm(x, None if masks is None else masks[level])
+                for level, x in maps.items()
+            }
+
+        adapted = normalise({level: self.adapter(x) for level, x in student.items()})
+        target = normalise({level: teacher[level].detach() for level in student})
+        return pyramid_distance(adapted, target, masks=masks, **self.options)
+
+    def extra_repr(self) -> str:
+        options = {**self.options, "mask_padding": self.mask_padding}
+        return ", ".join(f"{k}={v}" for k, v in options.items())

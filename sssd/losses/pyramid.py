@@ -1,0 +1,253 @@
+"""Distance between two feature pyramids.
+
+A pyramid is a dict of maps, level name -> (N, C, H, W).
+N: images, C: channels, H, W: height and width of a level, P: levels.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .divergence import check_scales, js_divergence, kl_divergence, mse, stable_root
+
+__all__ = [
+    "AXES",
+    "DISTANCES",
+    "LEVEL_REDUCTIONS",
+    "REDUCTIONS",
+    "check_options",
+    "check_pyramids",
+    "instance_norm",
+    "pyramid_distance",
+]
+
+DISTANCES = ("js", "kl", "mse")
+AXES = ("channel", "spatial", "flatten")
+REDUCTIONS = ("element_mean", "per_distribution")
+LEVEL_REDUCTIONS = ("mean", "sum", "elements")
+
+Pyramid = Mapping[str, Tensor]
+
+
+def pyramid_distance(
+    student: Pyramid,
+    teacher: Pyramid,
+    *,
+    distance: str = "js",
+    axis: str = "channel",
+    reduction: str = "element_mean",
+    level_reduction: str = "mean",
+    level_weights: Sequence[float] = (),
+    masks: Pyramid | None = None,
+    temperature: float = 1.0,
+    log_base: float = 2.0,
+) -> Tensor:
+    """Distance between the maps of two pyramids, one scalar.
+
+    SSSD (arXiv 2303.05015) writes ``(1/N) sum_p D_JS(k^p || k_e^p)^(1/2)`` and leaves open how a
+    map becomes a distribution, how positions are reduced and what N counts. The defaults are the
+    reading under which the published coefficients have the published effect (our inference):
+    softmax over channels, the divergence averaged over all elements of a level, its root per
+    level, the mean over the P levels.
+
+    Args:
+        student, teacher: pyramids with the same keys and shapes. No gradient is stopped here.
+        distance: "js" (root of the Jensen-Shannon divergence), "kl" (KL(teacher || student),
+            no root) or "mse" (squared difference, no softmax, no root).
+        axis: what one distribution is: "channel", the C values at a position; "spatial", the
+            H x W values of a channel; "flatten", all values of a level of an image.
+        reduction: "element_mean", the divergence averaged over all elements of the level, then
+            the root; "per_distribution", the root of each distribution's divergence, then the
+            mean over the distributions (within [0, 1] for "js" in base 2).
+        level_reduction: "mean" or "sum" over levels, or "elements": levels weighted by their
+            number of elements, as if all maps were one (LGD's mean squared error).
+        level_weights: a factor for each level, in the order of ``student``; empty for equal. They
+            are relative (the mean is divided by their sum) unless levels are summed.
+        masks: level -> bool (N, H, W), False on padded cells, which then take no part in any
+            distribution or mean, whatever they hold; None when every cell counts.
+        temperature, log_base: of the softmax and of the logarithm (unused by "mse").
+
+    Returns:
+        Scalar, float32 or wider. 0 for an empty batch.
+
+    Raises:
+        ValueError: for an unknown option, or pyramids and masks that do not match.
+    """
+    check_options(
+        distance=distance,
+        axis=axis,
+        reduction=reduction,
+        level_reduction=level_reduction,
+        level_weights=level_weights,
+        temperature=temperature,
+        log_base=log_base,
+    )
+    check_pyramids(student, teacher, masks)
+    if level_weights and len(level_weights) != len(student):
+        raise ValueError(
+            f"{len(level_weights)} level weights were given for the {len(student)} levels "
+            f"{', '.join(student)}; give one for each level or none."
+        )
+
+    total, total_weight = 0.0, 0.0
+    for level, weight in zip(student, level_weights or [1.0] * len(student), strict=True):
+        value, num_elements = _level_distance(
+            student[level],
+            teacher[level],
+            mask=None if masks is None else masks[level],
+            distance=distance,
+            axis=axis,
+            reduction=reduction,
+            temperature=temperature,
+            log_base=log_base,
+        )
+        if level_reduction == "elements":
+            weight = weight * num_elements
+        total = total + weight * value
+        total_weight = total_weight + weight
+    if level_reduction == "sum":
+        return total
+    return total / total_weight
+
+
+def _level_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None,
+    distance: str,
+    axis: str,
+    reduction: str,
+    temperature: float,
+    log_base: float,
+) -> tuple[Tensor, Tensor | float]:
+    """Returns the distance at one level and the number of elements that it covers."""
+    num_elements: Tensor | float = float(max(student.numel(), 1))
+    if mask is not None:
+        mask = mask[:, None]  # (N, 1, H, W)
+        num_elements = (mask.sum() * student.shape[1]).clamp(min=1)
+        # Equal on both sides, padded cells add exactly 0, and not even a NaN gets out of them.
+        student = student.masked_fill(~mask, 0)
+        teacher = teacher.masked_fill(~mask, 0)
+
+    # One distribution per position (N, H, W), per channel (N, C) or per image (N,).
+    if axis == "spatial":
+        student, teacher = student.flatten(2), teacher.flatten(2)
+        mask = None if mask is None else mask.flatten(2)
+    elif axis == "flatten":
+        mask = None if mask is None else mask.expand_as(student).flatten(1)
+        student, teacher = student.flatten(1), teacher.flatten(1)
+    dim = 2 if axis == "spatial" else 1
+    softmax = {
+        "dim": dim,
+        "temperature": temperature,
+        "log_base": log_base,
+        # Over channels, a padded position is a distribution of its own, equal on both sides.
+        "mask": None if axis == "channel" else mask,
+    }
+
+    if distance == "js":
+        divergence = js_divergence(student, teacher, **softmax)
+    elif distance == "kl":
+        divergence = kl_divergence(teacher, student, **softmax)
+    else:
+        divergence = mse(student, teacher, dim=dim, reduction="none")
+
+    def root(x: Tensor) -> Tensor:
+        return stable_root(x) if distance == "js" else x
+
+    if reduction == "element_mean":
+        return root(divergence.sum() / num_elements), num_elements
+    num_distributions: Tensor | int = max(divergence.numel(), 1)
+    if mask is not None:
+        # Those with any cell on an image.
+        num_distributions = mask.any(dim).expand_as(divergence).sum().clamp(min=1)
+    return root(divergence).sum() / num_distributions, num_elements
+
+
+def instance_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Normalises each channel of each image to zero mean and unit variance over its cells.
+
+    As ``torch.nn.functional.instance_norm``, with two differences that distillation needs: padded
+    cells do not count, and a level of a single cell gives 0 where PyTorch raises.
+
+    Args:
+        x: (N, C, H, W). Computed in float32 or wider.
+        mask: bool (N, H, W), False on padded cells (their output is finite but meaningless).
+
+    Returns:
+        (N, C, H, W), float32 or wider.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if mask is None:
+        variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+    else:
+        mask = mask[:, None]
+        x = x.masked_fill(~mask, 0)
+        count = mask.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        mean = x.sum(dim=(2, 3), keepdim=True) / count
+        variance = ((x - mean).square() * mask).sum(dim=(2, 3), keepdim=True) / count
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def check_options(
+    *,
+    distance: str,
+    axis: str,
+    reduction: str,
+    level_reduction: str,
+    level_weights: Sequence[float],
+    temperature: float,
+    log_base: float,
+) -> None:
+    """Raises ValueError for options that :func:`pyramid_distance` does not take."""
+    _check_choice("distance", distance, DISTANCES)
+    _check_choice("axis", axis, AXES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("level_reduction", level_reduction, LEVEL_REDUCTIONS)
+    for weight in level_weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"A level weight must be finite and >= 0, got {weight} in {list(level_weights)}."
+            )
+    if level_weights and not sum(level_weights):
+        raise ValueError(
+            f"The level weights {list(level_weights)} are all 0, which compares nothing; give one "
+            "level at least a weight above 0."
+        )
+    check_scales(temperature=temperature, log_base=log_base)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}; use one of {', '.join(choices)}.")
+
+
+def check_pyramids(student: Pyramid, teacher: Pyramid, masks: Pyramid | None = None) -> None:
+    """Raises ValueError for pyramids, or masks, whose levels or shapes do not match."""
+    if not student or set(student) != set(teacher):
+        raise ValueError(
+            f"The pyramids have different levels: {sorted(student)} (student) and "
+            f"{sorted(teacher)} (teacher)."
+        )
+    for level in student:
+        if student[level].shape != teacher[level].shape:
+            raise ValueError(
+                f"The maps of level {level!r} have different shapes: "
+                f"{tuple(student[level].shape)} (student), {tuple(teacher[level].shape)} (teacher)."
+            )
+        if masks is None:
+            continue
+        if level not in masks:
+            raise ValueError(
+                f"There is no mask for level {level!r}, only for {', '.join(masks) or 'none'}; "
+                "give one for each level or none."
+            )
+        mask, cells = masks[level], (len(student[level]), *student[level].shape[2:])
+        if mask.dtype != torch.bool or mask.shape != cells:
+            raise ValueError(
+                f"The mask of level {level!r} must be bool with the shape {tuple(cells)} (images, "
+                f"height, width), got {mask.dtype} with {tuple(mask.shape)}."
+            )

@@ -1,0 +1,132 @@
+"""From the config to the parts of the SelfDistiller."""
+
+import math
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from ..losses import ShareController, coefficient_schedule
+from ..losses.coefficient import SCHEDULES
+from .phases import Phases
+
+__all__ = ["build_coefficient", "build_phases", "build_student", "pyramid_of"]
+
+
+def build_student(cfg: CfgNode) -> nn.Module:
+    """Builds the stock meta-architecture that MODEL.SSSD.STUDENT names.
+
+    Raises:
+        ValueError: when no such meta-architecture is registered.
+    """
+    name = cfg.MODEL.SSSD.STUDENT
+    known = sorted(key for key, _ in META_ARCH_REGISTRY if key != "SelfDistiller")
+    if name not in known:
+        raise ValueError(
+            f"MODEL.SSSD.STUDENT is {name!r}, which is not a registered meta-architecture that can "
+            f"be a student; use one of {', '.join(known)}, or import the package that registers it."
+        )
+    return META_ARCH_REGISTRY.get(name)(cfg)
+
+
+def pyramid_of(student: nn.Module, levels: list[str]) -> tuple[int, dict[str, int]]:
+    """Width and strides of the pyramid that the student's backbone gives.
+
+    Args:
+        student: the built detector.
+        levels: names of the levels to distill; empty for all.
+
+    Returns:
+        The number of channels, and level -> pixels per cell from fine to coarse.
+
+    Raises:
+        ValueError: when there is no pyramid of equal width with these levels.
+    """
+    name = type(student).__name__
+    backbone = getattr(student, "backbone", None)
+    if not hasattr(backbone, "output_shape"):
+        raise ValueError(
+            f"{name} has no backbone with an output_shape(), so its pyramid is unknown; "
+            "MODEL.SSSD.STUDENT must be a detector with a Detectron2 backbone."
+        )
+    shapes = backbone.output_shape()
+    if len(shapes) < 2:
+        raise ValueError(
+            f"The backbone {type(backbone).__name__} of {name} gives no pyramid, only "
+            f"{', '.join(shapes)}; use one that does, such as MODEL.BACKBONE.NAME "
+            '"build_resnet_fpn_backbone".'
+        )
+    unknown = [level for level in levels if level not in shapes]
+    if unknown:
+        raise ValueError(
+            f"MODEL.SSSD.LEVELS names {', '.join(unknown)}, but the backbone gives "
+            f"{', '.join(shapes)}."
+        )
+    chosen = {level: shapes[level] for level in levels or shapes}
+    widths = {shape.channels for shape in chosen.values()}
+    if len(widths) > 1:
+        found = ", ".join(f"{level}: {shape.channels}" for level, shape in chosen.items())
+        raise ValueError(
+            f"The levels of {type(backbone).__name__} differ in width ({found}), and one teacher "
+            "paints all of them; put an FPN on top, or name levels of equal width in "
+            "MODEL.SSSD.LEVELS."
+        )
+    ordered = sorted(chosen.items(), key=lambda item: item[1].stride)
+    return widths.pop(), {level: shape.stride for level, shape in ordered}
+
+
+def student_num_classes(student: nn.Module) -> int:
+    """The class count that the student itself was built with.
+
+    Raises:
+        ValueError: when the student keeps it somewhere else.
+    """
+    for owner in (student, getattr(student, "roi_heads", None), getattr(student, "head", None)):
+        count = getattr(owner, "num_classes", None)
+        if isinstance(count, int):
+            return count
+    raise ValueError(
+        f"{type(student).__name__} does not say how many classes it has; set "
+        "MODEL.SSSD.NUM_CLASSES to the class count of the dataset."
+    )
+
+
+def build_coefficient(cfg: CfgNode) -> Callable[[int], float] | ShareController:
+    """The coefficient schedule, or the share controller, that MODEL.SSSD.COEFFICIENT describes."""
+    keys = cfg.MODEL.SSSD.COEFFICIENT
+    name, values = keys.SCHEDULE, [float(v) for v in keys.VALUES]
+    if name not in SCHEDULES:
+        raise ValueError(
+            f"MODEL.SSSD.COEFFICIENT.SCHEDULE is {name!r}; use one of {', '.join(SCHEDULES)}."
+        )
+    if name == "share":
+        if len(values) != 2 or not 0 <= values[0] < values[1] < math.inf:
+            raise ValueError(
+                "With the schedule 'share', MODEL.SSSD.COEFFICIENT.VALUES holds the lowest and the "
+                f"highest coefficient, got {values}."
+            )
+        return ShareController(
+            share=keys.SHARE, min_coefficient=values[0], max_coefficient=values[1]
+        )
+    milestones = list(keys.MILESTONES)
+    if name == "step" and not milestones:
+        milestones = list(cfg.SOLVER.STEPS[:1])
+        if not milestones:
+            # Without a step in the learning rate there is nothing to switch at.
+            values = values[:1]
+    return coefficient_schedule(
+        name, values=values, milestones=milestones, max_iter=cfg.SOLVER.MAX_ITER
+    )
+
+
+def build_phases(cfg: CfgNode) -> Phases:
+    """The phases of MODEL.SSSD.PHASES for a run of SOLVER.MAX_ITER iterations."""
+    keys = cfg.MODEL.SSSD.PHASES
+    make = Phases.scaled if keys.SCALE_TO_MAX_ITER else Phases
+    return make(
+        max_iter=cfg.SOLVER.MAX_ITER,
+        no_distill_iters=keys.NO_DISTILL_ITERS,
+        freeze_backbone_iters=keys.FREEZE_BACKBONE_ITERS,
+        distill_off_iters=keys.DISTILL_OFF_ITERS,
+    )

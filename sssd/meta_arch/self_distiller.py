@@ -1,0 +1,278 @@
+"""Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..losses import PyramidDistillation, ShareController
+from ..teacher import LabelEncodingTeacher, image_cells
+from .build import build_coefficient, build_phases, build_student, pyramid_of, student_num_classes
+from .ground_truth import ground_truth_objects
+from .passes import captured_pyramid, forked_random_state, frozen, replayed_pyramid
+from .phases import Phases
+
+__all__ = ["SelfDistiller"]
+
+
+@META_ARCH_REGISTRY.register()
+class SelfDistiller(nn.Module):
+    """Trains ``student``, a stock detector, with a teacher that is made from the ground truth.
+
+    In training, each call
+
+    1. runs the student as it is and *captures* the pyramid of its backbone,
+    2. lets the teacher turn the ground truth and that pyramid into a second one,
+    3. *replays* the second pyramid through the same student, for the teacher's detection losses,
+    4. adds ``coefficient * distance(student's pyramid, teacher's pyramid)``.
+
+    In evaluation it is the student. Its state dict is the student's as well, so that checkpoints
+    hold a stock detector; what else training needs is in ``training_parts``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: LabelEncodingTeacher,
+        distillation: PyramidDistillation,
+        coefficient: Callable[[int], float] | ShareController,
+        phases: Phases,
+        teacher_loss_weight: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            student: any detector with a ``backbone`` that returns a dict of maps of equal width.
+            teacher: makes the second pyramid.
+            distillation: raw distance between the pyramids.
+            coefficient: iteration -> weight of the distance, or a controller of its share.
+            phases: when the student learns from the distance, when its backbone is frozen.
+            teacher_loss_weight: factor on the detection losses of the teacher's pass.
+        """
+        super().__init__()
+        weights = distillation.options["level_weights"]
+        if weights and len(weights) != len(teacher.strides):
+            raise ValueError(
+                f"MODEL.SSSD.DISTANCE.LEVEL_WEIGHTS has {len(weights)} values for the "
+                f"{len(teacher.strides)} levels {', '.join(teacher.strides)}; give one for each "
+                "level or none."
+            )
+        self.student = student
+        # What exists for training only, and lies beside the student in checkpoints.
+        self.training_parts = nn.ModuleDict({"teacher": teacher, "distillation": distillation})
+        self.schedule = None
+        if isinstance(coefficient, ShareController):
+            self.training_parts["coefficient"] = coefficient
+        else:
+            self.schedule = coefficient
+        self.phases = phases
+        self.teacher_loss_weight = teacher_loss_weight
+        # Raw distance and coefficient of the last training call, without gradient, for the log.
+        self.last_distance: Tensor | None = None
+        self.last_coefficient: Tensor | float | None = None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        keys = cfg.MODEL.SSSD
+        student = build_student(cfg)
+        channels, strides = pyramid_of(student, levels=list(keys.LEVELS))
+        # The student starts as it would without us: the other parts draw their initial weights
+        # from a copy of the random stream.
+        with forked_random_state():
+            return {
+                "student": student,
+                "teacher": LabelEncodingTeacher(
+                    num_classes=keys.NUM_CLASSES or student_num_classes(student),
+                    channels=channels,
+                    strides=strides,
+                    embed_dim=keys.TEACHER.EMBED_DIM,
+                    num_heads=keys.TEACHER.NUM_HEADS,
+                    add_context_box=keys.TEACHER.ADD_CONTEXT_BOX,
+                    detach_appearance=keys.TEACHER.DETACH_APPEARANCE,
+                ),
+                "distillation": PyramidDistillation(
+                    channels=channels,
+                    distance=keys.DISTANCE.NAME,
+                    axis=keys.DISTANCE.AXIS,
+                    reduction=keys.DISTANCE.REDUCTION,
+                    level_reduction=keys.DISTANCE.LEVEL_REDUCTION,
+                    level_weights=keys.DISTANCE.LEVEL_WEIGHTS,
+                    temperature=keys.DISTANCE.TEMPERATURE,
+                    log_base=keys.DISTANCE.LOG_BASE,
+                    mask_padding=keys.DISTANCE.MASK_PADDING,
+                ),
+                "coefficient": build_coefficient(cfg),
+                "phases": build_phases(cfg),
+                "teacher_loss_weight": keys.TEACHER.LOSS_WEIGHT,
+            }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """
+        Args:
+            batched_inputs: what the student takes.
+
+        Returns:
+            In evaluation, what the student returns. In training, a dict of scalar losses: the
+            student's own under their own names, those of the teacher's pass with the prefix
+            "teacher_", and "loss_distill".
+        """
+        _refuse_export()
+        if not self.training:
+            return self.student(batched_inputs)
+
+        iteration = get_event_storage().iter
+        objects = ground_truth_objects(batched_inputs, self.teacher.num_classes)
+        with (
+            captured_pyramid(self.student.backbone) as pyramid,
+            frozen(self.bottom_up, self.phases.freezes_backbone(iteration)),
+        ):
+            losses = dict(self.student(batched_inputs))
+        if not pyramid:
+            raise RuntimeError(
+                f"{type(self.student).__name__} never called its backbone, so there is no pyramid "
+                "to distill; MODEL.SSSD.STUDENT must be a detector whose forward calls "
+                "self.backbone."
+            )
+
+        features = {level: pyramid[level] for level in self.teacher.strides}
+        objects = objects.to(next(iter(features.values())).device)
+        taught = self.teacher(features, objects)
+        teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
+
+        if not self.phases.distills(iteration):
+            features = _detached(features)
+        masks = {
+            level: image_cells(objects.image_sizes, x.shape[-2:], self.teacher.strides[level])
+            for level, x in features.items()
+        }
+        distance = self.training_parts["distillation"](features, taught, masks)
+        detection_loss = sum(losses.values()) + sum(teacher_losses.values())
+        if self.schedule is None:
+            coefficient = self.training_parts["coefficient"](detection_loss, distance)
+        else:
+            coefficient = self.schedule(iteration)
+        self.last_distance, self.last_coefficient = distance.detach(), coefficient
+
+        losses.update(teacher_losses)
+        losses["loss_distill"] = coefficient * distance + self._untouched(iteration)
+        return losses
+
+    @torch.no_grad()
+    def detect_from_teacher(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Detections of the student's heads on the teacher's pyramid, in evaluation mode.
+
+        A diagnostic: the teacher has seen the ground truth, so this is no result but a bound on
+        what its pyramid can teach.
+
+        Args:
+            batched_inputs: as in training, with "instances".
+        """
+        if self.training:
+            raise RuntimeError("detect_from_teacher needs evaluation mode; call .eval() first.")
+        objects = ground_truth_objects(batched_inputs, self.teacher.num_classes)
+        with captured_pyramid(self.student.backbone) as pyramid:
+            self.student(batched_inputs)
+        taught = self.teacher(pyramid, objects.to(self.device))
+        with replayed_pyramid(self.student, {**pyramid, **taught}):
+            return self.student(batched_inputs)
+
+    @property
+    def teacher(self) -> LabelEncodingTeacher:
+        return self.training_parts["teacher"]
+
+    @property
+    def bottom_up(self) -> nn.Module:
+        """The part of the student that the freezing phase freezes: the backbone below the FPN."""
+        return getattr(self.student.backbone, "bottom_up", self.student.backbone)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    def drop_frozen_gradients(self) -> None:
+        """Takes the (zero) gradients of a frozen backbone away, to be called before a step.
+
+        With a gradient of zero an optimizer still applies weight decay and momentum; without a
+        gradient it leaves the parameter alone.
+        """
+        if self.phases.freezes_backbone(get_event_storage().iter):
+            for parameter in self.bottom_up.parameters():
+                parameter.grad = None
+
+    def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
+        """Detection losses of the teacher's pyramid through the student's own heads."""
+        with (
+            replayed_pyramid(self.student, pyramid),
+            forked_random_state(self.device),
+            get_event_storage().name_scope("teacher"),
+        ):
+            losses = self.student(batched_inputs)
+        return {f"teacher_{name}": self.teacher_loss_weight * x for name, x in losses.items()}
+
+    def _untouched(self, iteration: int) -> Tensor | float:
+        """0, through every parameter that this iteration leaves out of the graph otherwise.
+
+        DistributedDataParallel waits for a gradient of each parameter.
+        """
+        if not self.phases.freezes_backbone(iteration):
+            return 0.0
+        parameters = [p for p in self.bottom_up.parameters() if p.requires_grad]
+        return 0.0 * sum(p.sum() for p in parameters) if parameters else 0.0
+
+    # ---- To everybody else it is the student ----
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is looked up in the student: ``model.backbone`` and the like.
+
+        Checkpointers walk the modules by the names in the state dict; other people's code
+        expects the attributes of the detector that it knows.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "student" or name.startswith("__"):
+                raise
+            return getattr(self.student, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The student's, under its stock names."""
+        return self.student.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads a stock state dict into the student; the training parts stay as they are."""
+        return self.student.load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        # Reached only when an enclosing module loads: that walks our children by attribute names,
+        # which are not the names that state_dict() gives.
+        raise RuntimeError(
+            "The state dict of SelfDistiller has the names of its student; load it into the "
+            "SelfDistiller itself (model.module of a DistributedDataParallel), not into a module "
+            "around it."
+        )
+
+    def __prepare_scriptable__(self) -> None:
+        _refuse_export(scripting=True)
+
+
+def _detached(pyramid: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {level: x.detach() for level, x in pyramid.items()}
+
+
+def _refuse_export(scripting: bool = False) -> None:
+    exporting = (
+        scripting
+        or torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or getattr(torch.compiler, "is_exporting", lambda: False)()
+    )
+    if exporting:
+        raise RuntimeError(
+            "SelfDistiller is for training and evaluation; to trace, script or export, write the "
+            "stock detector with tools/export_student.py and give that to Detectron2's own tools."
+        )

@@ -1,0 +1,128 @@
+"""What training leaves behind works without sssd."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+import sssd_compat
+from sssd.engine import Checkpointer, CheckpointError, export_student
+from tests.conftest import REPOSITORY
+from tests.detectors import tiny_config
+
+# On unbuilt v0.6 even stock Detectron2 needs the compatibility layer; elsewhere nothing is used.
+PREAMBLE = "import sssd_compat; sssd_compat.apply()\n" if sssd_compat.apply() else ""
+
+LOAD_STRICTLY = """
+import sys, torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+model = build_model(cfg).eval()
+checkpoint = torch.load(sys.argv[2], weights_only=True)
+model.load_state_dict(checkpoint["model"], strict=True)
+torch.set_num_threads(1)
+image = torch.load(sys.argv[3])
+with torch.no_grad():
+    fields = model([{"image": image}])[0]["instances"].get_fields()
+fields["pred_boxes"] = fields["pred_boxes"].tensor
+torch.save(dict(fields), sys.argv[4])
+assert "sssd" not in sys.modules
+"""
+
+PREDICT = """
+import sys, numpy, torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+torch.set_num_threads(1)
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+fields = DefaultPredictor(cfg)(numpy.load(sys.argv[2]))["instances"].get_fields()
+fields["pred_boxes"] = fields["pred_boxes"].tensor
+torch.save(dict(fields), sys.argv[3])
+assert "sssd" not in sys.modules
+"""
+
+
+def run_stock(script, *args):
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + script, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint of a SelfDistiller with moved weights, and its config beside it."""
+    torch.manual_seed(0)
+    cfg = tiny_config("OUTPUT_DIR", str(tmp_path / "run"))
+    model = build_model(cfg)
+    for parameter in model.parameters():
+        parameter.data.add_(0.01 * torch.randn_like(parameter))
+    os.makedirs(cfg.OUTPUT_DIR)
+    Checkpointer(model, cfg.OUTPUT_DIR).save("model_final")
+    (tmp_path / "run" / "config.yaml").write_text(cfg.dump())
+    return model.eval(), tmp_path
+
+
+def detections(model, image):
+    with torch.no_grad():
+        fields = model([{"image": image}])[0]["instances"].get_fields()
+    return {**fields, "pred_boxes": fields["pred_boxes"].tensor}
+
+
+def assert_same(found, expected):
+    assert len(expected["scores"]) > 0
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_the_training_checkpoint_loads_strictly_into_stock_detectron2(trained):
+    model, folder = trained
+    stock = tiny_config(distilled=False)
+    del stock.MODEL["SSSD"]
+    (folder / "stock.yaml").write_text(stock.dump())
+    image = torch.rand(3, 64, 96) * 255
+    torch.save(image, folder / "image.pth")
+    checkpoint = folder / "run" / "model_final.pth"
+    run_stock(
+        LOAD_STRICTLY, folder / "stock.yaml", checkpoint, folder / "image.pth", folder / "out.pth"
+    )
+    assert_same(torch.load(folder / "out.pth"), detections(model, image))
+
+
+def test_the_exported_folder_is_enough_for_the_stock_predictor(trained):
+    model, folder = trained
+    output = folder / "student"
+    run = folder / "run"
+    export_student(str(run / "model_final.pth"), str(run / "config.yaml"), str(output))
+    assert "SSSD" not in (output / "config.yaml").read_text()
+    assert set(torch.load(output / "model.pth", weights_only=True)) == {"model"}
+
+    # 800 pixels high, which is the short side of the config: the predictor resizes nothing
+    picture = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), dtype=np.uint8)
+    np.save(folder / "picture.npy", picture)
+    run_stock(PREDICT, output / "config.yaml", folder / "picture.npy", folder / "out.pth")
+    image = torch.as_tensor(picture.astype("float32").transpose(2, 0, 1))
+    assert_same(torch.load(folder / "out.pth"), detections(model, image))
+
+
+def test_export_refuses_what_does_not_fit(trained):
+    _, folder = trained
+    run = folder / "run"
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml does not exist.*--config-file"):
+        export_student(str(run / "model_final.pth"), str(run / "nowhere.yaml"), str(folder / "o"))
+    other = tiny_config("MODEL.FPN.OUT_CHANNELS", 32)
+    (run / "other.yaml").write_text(other.dump())
+    with pytest.raises(CheckpointError, match="belongs to another architecture"):
+        export_student(str(run / "model_final.pth"), str(run / "other.yaml"), str(folder / "o"))
+    assert not (folder / "o" / "model.pth").exists()

@@ -1,0 +1,155 @@
+"""The batched teacher against the method image by image: same maps, no work for each image."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sssd.teacher.label_encoder import normalised_boxes
+from tests.teacher.scenes import (
+    NUM_CLASSES,
+    STRIDES,
+    assert_pyramids_close,
+    one_image,
+    permuted,
+    pyramid,
+    reference_cells,
+    reference_painting,
+    reference_pooling,
+    scene,
+    small_teacher,
+    with_more_padding,
+)
+
+
+def reference_maps(teacher, features, objects):
+    """The method once more: one image and one level at a time, without padding, masks or sharing.
+
+    Only the weights are the teacher's. Attention and normalisation are those of torch on single
+    images.
+    """
+    encoder, relation, painter = teacher.label_encoder, teacher.relation_adapter, teacher.painter
+    if teacher.add_context_box:
+        objects = objects.with_context_box(teacher.num_classes)
+    maps = {level: [] for level in teacher.strides}
+    for index in range(len(objects.boxes)):
+        on = objects.valid[index]
+
+        def transform(module, x):
+            summary = x.new_zeros(1024)
+            if len(x):
+                summary = module.local(x).amax(0)
+            return x @ module.matrix(module.glob(summary)).view(module.dim, module.dim)
+
+        height, width = objects.image_sizes[index].tolist()
+        boxes = objects.boxes[index, on] / torch.tensor([width, height, width, height]) * 2 - 1
+        x = torch.cat([boxes, encoder.class_embedding(objects.classes[index, on])], dim=1)
+        x = transform(
+            encoder.feature_transform, encoder.point(transform(encoder.input_transform, x))
+        )
+        company = encoder.set_features(x).amax(0) if len(x) else x.new_zeros(1024)
+        labels = encoder.output(torch.cat([x, company.expand(len(x), -1)], dim=1))
+        labels = relation.label_projection(labels)
+
+        for level, stride in teacher.strides.items():
+            image = features[level][index : index + 1]
+            projected = teacher.appearance_encoder.projection(image)[0]
+            single = type(objects)(*(part[index : index + 1] for part in objects))
+            cells = reference_cells(single, image.shape[2:], stride)[0, on]
+            queries = reference_pooling(projected, cells)
+            canvas, context = projected.new_zeros(projected.shape), 0
+            if len(queries):
+                fused, _ = relation.attention(queries[None], labels[None], labels[None])
+                fused = fused[0]
+                if teacher.add_context_box:
+                    context = painter.context_projection(fused[-1])[:, None, None]
+                    fused, cells = fused[:-1], cells[:-1]
+                canvas = reference_painting(painter.object_projection(fused), cells)
+            canvas = painter.canvas(canvas[None]) + context
+            maps[level].append(painter.refinement(canvas.relu()))
+    return {level: torch.cat(images) for level, images in maps.items()}
+
+
+@pytest.mark.parametrize("counts", [(5, 2, 0), (1, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("context", [False, True])
+def test_equals_the_method_by_loops(counts, context):
+    # Faults: Python loops over images and levels; here they are the proof of the batched form.
+    teacher = small_teacher(add_context_box=context)
+    features, objects = pyramid(3), scene(*counts)
+    assert_pyramids_close(teacher(features, objects), reference_maps(teacher, features, objects))
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_a_batch_gives_what_each_image_gives_alone(context):
+    teacher = small_teacher(add_context_box=context)
+    features, objects = pyramid(3), scene(6, 1, 0)
+    batched = teacher(features, objects)
+    for index in range(3):
+        alone = teacher(
+            {level: x[index : index + 1] for level, x in features.items()},
+            one_image(objects, index),
+        )
+        of_batch = {level: x[index : index + 1] for level, x in batched.items()}
+        assert_pyramids_close(of_batch, alone)
+
+
+def test_images_do_not_mix():
+    teacher, features, objects = small_teacher(), pyramid(2), scene(4, 3)
+    before = teacher(features, objects)
+    boxes, classes = objects.boxes.clone(), objects.classes.clone()
+    boxes[1] *= 0.7
+    classes[1] = (classes[1] + 1) % NUM_CLASSES
+    features = {level: torch.stack([x[0], -x[1]]) for level, x in features.items()}
+    after = teacher(features, objects._replace(boxes=boxes, classes=classes))
+    for level in STRIDES:
+        assert torch.equal(after[level][0], before[level][0])
+        assert not torch.allclose(after[level][1], before[level][1])
+
+
+def test_more_padding_changes_nothing():
+    teacher, features, objects = small_teacher(), pyramid(3), scene(4, 1, 0)
+    assert_pyramids_close(
+        teacher(features, with_more_padding(objects, 5)), teacher(features, objects)
+    )
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_the_order_of_the_objects_changes_nothing(context):
+    teacher, features, objects = small_teacher(add_context_box=context), pyramid(2), scene(5, 3)
+    order = torch.tensor([4, 2, 0, 3, 1])  # moves padding between objects, too
+    assert_pyramids_close(teacher(features, permuted(objects, order)), teacher(features, objects))
+
+
+def test_batch_padding_does_not_move_the_descriptors():
+    # The same image beside a larger one: only the maps' padded area may make a difference.
+    objects, beside = scene(4, sizes=[(64, 96)]), scene(4, 2, sizes=[(64, 96), (640, 960)])
+    assert torch.equal(objects.boxes, beside.boxes[:1])
+    assert torch.equal(normalised_boxes(objects), normalised_boxes(beside)[:1])
+    encoder = small_teacher(add_context_box=True).label_encoder
+    alone = encoder(objects.with_context_box(NUM_CLASSES))
+    together = encoder(beside.with_context_box(NUM_CLASSES))[:1]
+    torch.testing.assert_close(together, alone)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what torch computes: the work that Python starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_python_work_for_each_image_or_object():
+    teacher = small_teacher(add_context_box=True)
+    counts = []
+    for per_image in [(2, 2), (5, 2), (40, 3, 0, 1, 7, 2)]:
+        sizes = [(64, 96)] * len(per_image)
+        features, objects = pyramid(len(per_image)), scene(*per_image, sizes=sizes)
+        with CountOperations() as operations:
+            teacher(features, objects)
+        counts.append(operations.count)
+    assert counts[0] > 0
+    assert len(set(counts)) == 1, counts

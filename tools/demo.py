@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""The whole story in a few minutes: trains a plain and a self-distilled detector on generated
+pictures for the same iterations, evaluates both, and leaves pictures and the student's weights in
+``output/demo``.
+"""
+
+import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
+
+# isort: split
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.modeling import build_model
+
+from sssd.engine import Checkpointer, export_student, load_config
+from sssd.visualization import draw_detections, plot_training, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OUTPUT = Path("output") / "demo"
+RUNS = {
+    "plain": (REPOSITORY / "configs/Demo/faster_rcnn_R_18_FPN.yaml", OUTPUT / "plain"),
+    "sssd": (REPOSITORY / "configs/Demo/faster_rcnn_R_18_FPN_sssd.yaml", OUTPUT),
+}
+HEARTBEAT_SECONDS = 5
+NUM_PICTURES = 4
+
+
+def say(text: str) -> None:
+    print(f"demo: {text}", flush=True)
+
+
+def start(name: str) -> subprocess.Popen:
+    """Starts one training in a process of its own; what it prints goes to a log."""
+    config, output = RUNS[name]
+    output.mkdir(parents=True, exist_ok=True)
+    with open(OUTPUT / f"{name}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tools" / "train_net.py"), "--config-file",
+             str(config), "OUTPUT_DIR", str(output)],
+            stdout=log, stderr=subprocess.STDOUT,
+            # Two trainings of one thread each make better use of two cores than one of two.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def progress(name: str, max_iter: int) -> str:
+    """Where a training is, from the last lines of its log."""
+    text = (OUTPUT / f"{name}.log").read_text(errors="replace")
+    evaluating = text.rfind("Start inference")
+    steps = list(re.finditer(r"iter: (\d+) .*?total_loss: (\S+)", text))
+    if not steps:
+        return f"{name} starts"
+    if evaluating > steps[-1].start():
+        return f"{name} {max_iter}/{max_iter}, evaluates"
+    return f"{name} {int(steps[-1][1]) + 1}/{max_iter}, loss {float(steps[-1][2]):.2f}"
+
+
+def train_both() -> None:
+    """Trains side by side, with a line every few seconds; raises SystemExit when one fails."""
+    max_iter = {
+        name: load_config(str(config)).SOLVER.MAX_ITER for name, (config, _) in RUNS.items()
+    }
+    started = time.monotonic()
+    processes = {name: start(name) for name in RUNS}
+    try:
+        while any(p.poll() is None for p in processes.values()):
+            time.sleep(HEARTBEAT_SECONDS)
+            lines = [progress(name, max_iter[name]) for name in RUNS]
+            say(f"{time.monotonic() - started:4.0f} s | {' | '.join(lines)}")
+    finally:
+        for process in processes.values():
+            process.terminate()
+    for name, process in processes.items():
+        if process.wait() != 0:
+            log = OUTPUT / f"{name}.log"
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            sys.exit(f"{tail}\ndemo: the {name} training failed; {log} has all of it")
+
+
+def draw_pictures() -> None:
+    """Detections of the student, of the teacher's pass and the ground truth; training curves."""
+    cfg = load_config(str(RUNS["sssd"][0]))
+    model = build_model(cfg).eval()
+    # With its training parts, which a plain load leaves out
+    Checkpointer(model, str(OUTPUT)).load(str(OUTPUT / "model_final.pth"), ["sssd"])
+    name = cfg.DATASETS.TEST[0]
+    records = DatasetCatalog.get(name)
+    busiest = sorted(records, key=lambda r: -len(r["annotations"]))[2 : 2 + NUM_PICTURES]
+    # Training's mapper, to have the ground truth, with evaluation's resizing
+    mapper = DatasetMapper(cfg, is_train=False)
+    mapper.is_train = True
+    images, truth, student, teacher = [], [], [], []
+    for (inputs,) in build_detection_test_loader(busiest, mapper=mapper, num_workers=0):
+        height, width = inputs["image"].shape[1:]
+        inputs["height"], inputs["width"] = height, width
+        # BGR, as the model wants it, to RGB
+        images.append(inputs["image"].permute(1, 2, 0).numpy()[:, :, ::-1])
+        truth.append(inputs["instances"])
+        with torch.no_grad():
+            student.append(model([inputs])[0]["instances"].to("cpu"))
+        teacher.append(model.detect_from_teacher([inputs])[0]["instances"].to("cpu"))
+    draw_detections(
+        OUTPUT / "detections.png",
+        images,
+        {"student": student, "teacher's pass": teacher, "ground truth": truth},
+        MetadataCatalog.get(name).thing_classes,
+    )
+    plot_training(OUTPUT / "curves.png", read_metrics(OUTPUT / "metrics.json"))
+
+
+def final_results(output: Path) -> dict[str, float]:
+    return next(x for x in reversed(read_metrics(output / "metrics.json")) if "bbox/AP" in x)
+
+
+def main() -> None:
+    shutil.rmtree(OUTPUT, ignore_errors=True)  # metrics would be appended to those of the last run
+    OUTPUT.mkdir(parents=True)
+    say("making the pictures (once), then training plain and self-distilled side by side")
+    for config, _ in RUNS.values():
+        for name in load_config(str(config)).DATASETS.TRAIN:
+            MetadataCatalog.get(name).json_file  # noqa: B018  (reading it makes the files)
+    train_both()
+
+    say("drawing")
+    draw_pictures()
+    student = OUTPUT / "student" / "model.pth"
+    export_student(
+        str(OUTPUT / "model_final.pth"), str(OUTPUT / "config.yaml"), str(student.parent)
+    )
+    results = {name: final_results(output) for name, (_, output) in RUNS.items()}
+    print(f"\nWritten to {OUTPUT}: metrics.json, detections.png, curves.png, student/\n")
+    columns = ["AP", "AP50", "AP75", "APs", "APm"]
+    print(f"{'':8}" + "".join(f"{c:>8}" for c in columns))
+    for name, result in results.items():
+        print(f"{name:8}" + "".join(f"{result[f'bbox/{c}']:8.2f}" for c in columns))
+    print(
+        f"demo: AP={results['sssd']['bbox/AP']:.2f} AP50={results['sssd']['bbox/AP50']:.2f} "
+        f"baseline_AP={results['plain']['bbox/AP']:.2f} student={student}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Trains or evaluates a detector, plain or self-distilled, with Detectron2's own flags.
+
+tools/train_net.py --config-file configs/BCCD/faster_rcnn_R_18_FPN_sssd.yaml
+tools/train_net.py --config-file ... --resume
+tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
+"""
+
+import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
+
+# isort: split
+import argparse
+import sys
+
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from sssd.data import AnnotationError, ImageError
+from sssd.engine import Checkpointer, CheckpointError, Trainer, setup
+
+# What the user can mend, said in one sentence each: no traceback is needed.
+USER_ERRORS = (
+    AnnotationError,
+    CheckpointError,
+    FileNotFoundError,
+    FloatingPointError,
+    ImageError,
+    ValueError,
+)
+
+
+def main(args: argparse.Namespace):
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        path = cfg.MODEL.WEIGHTS
+        if args.resume and checkpointer.has_checkpoint():
+            path = checkpointer.get_checkpoint_file()
+        checkpointer.load(path, checkpointables=[], whole=True)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
