@@ -6,16 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from sssd.losses import PyramidAdapter, PyramidDistillation, pyramid_distance
+from tests.losses import pyramids
 
 SIZES = {"lateral0": (8, 12), "lateral1": (4, 6), "extra": (2, 3)}
 
 
-def pyramid(*, seed, channels=16, images=2, sizes=SIZES):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        level: torch.randn(images, channels, *size, generator=generator)
-        for level, size in sizes.items()
-    }
+def pyramid(**options):
+    return pyramids.pyramid(**{"channels": 16, "sizes": SIZES, "dtype": torch.float32, **options})
 
 
 def distillation(channels=16, **options):

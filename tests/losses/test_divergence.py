@@ -158,6 +158,17 @@ def test_equal_inputs_give_zero_and_a_zero_gradient(function, dtype, channels, s
         assert grad.abs().max() <= (1e-6 if function is kl_divergence else 0)
 
 
+@pytest.mark.parametrize("noise", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_rounding_of_nearly_equal_inputs_never_goes_below_zero(noise):
+    p = random_logits(2000, 16, dtype=torch.float32).requires_grad_()
+    q = p.detach() + random_logits(2000, 16, dtype=torch.float32, scale=noise, seed=1)
+    assert js_divergence(p, q).min() >= 0
+    distance = js_distance(p, q)
+    assert distance.min() >= 0
+    (grad,) = gradient(distance.sum(), p)
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("function", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum", "element_mean"])
 @pytest.mark.parametrize("masked", [False, True])
