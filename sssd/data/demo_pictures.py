@@ -253,7 +253,7 @@ def _pose(dice: Dice, height: int, width: int) -> _Pose:
     It lies or stands, up to 35 degrees off: with every angle, a small detector would need
     thousands of iterations to tell the classes apart.
     """
-    low, high = dice.choice(((12, 28), (28, 48), (36, 64), (48, 90)))
+    low, high = dice.choice(((12, 24), (18, 36), (24, 44), (40, 90)))
     half_u = dice.integer(low, high) // 2
     half_v = max(half_u * 10 // dice.integer(10, 14), 5)
     margin = half_u * 2 // 3
@@ -278,7 +278,7 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def draw_picture(dice: Dice) -> Picture:
-    """Draws one picture of about 160 x 160 to 192 x 160 pixels with up to six objects.
+    """Draws one picture of about 160 x 160 to 192 x 160 pixels with up to seven objects.
 
     Shapes may cover each other; one that would leave less than half of an earlier one to see is
     put somewhere else, or left out. Boxes are tight around the part of a shape that lies in the
@@ -294,7 +294,7 @@ def draw_picture(dice: Dice) -> Picture:
     if dice.chance(30):
         height, width = width, height
     canvas = _background(dice, height, width)
-    wanted = 0 if dice.chance(4) else dice.integer(1, 6)
+    wanted = 0 if dice.chance(4) else dice.integer(2, 7)
     kinds = [dice.choice(CLASS_NAMES) for _ in range(wanted)]
     others = dice.integer(0, 2) if wanted else 2
     kinds += [dice.choice(DISTRACTORS) for _ in range(others)]

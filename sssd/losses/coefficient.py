@@ -104,9 +104,10 @@ class ShareController(nn.Module):
 
     With detection losses summing to L and a raw distance D, the term has the share
     ``s = c D / (L + c D)`` at the coefficient ``c = s / (1 - s) * L / D``. L and D are running
-    averages, so that one odd batch moves the coefficient little.
+    averages, so that one odd batch moves the coefficient little. Only their ratio counts: the
+    start from 0 scales both alike, and needs no correction.
 
-    The averages are buffers: they are saved and restored with the training state. Each update is
+    The averages are a buffer: they are saved and restored with the training state. Each update is
     averaged over all processes, so that every process uses the same coefficient.
     """
 
@@ -140,9 +141,7 @@ class ShareController(nn.Module):
         self.share = share
         self.momentum = momentum
         self.bounds = (min_coefficient, max_coefficient)
-        # Running averages of (L, D), and the weight that they have gathered (bias correction).
-        self.register_buffer("averages", torch.zeros(2))
-        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("averages", torch.zeros(2))  # of L and D
 
     @torch.no_grad()
     def forward(self, detection_loss: Tensor, distance: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ class ShareController(nn.Module):
             detection_loss: sum of the detection losses, scalar.
             distance: raw distillation distance, scalar.
         """
-        observed = torch.stack([detection_loss.detach().float(), distance.detach().float()])
+        observed = torch.stack([detection_loss.float(), distance.float()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(observed)
             observed = observed / torch.distributed.get_world_size()
@@ -161,7 +160,6 @@ class ShareController(nn.Module):
         decay = torch.where(usable, self.momentum, 1.0)
         observed = torch.where(usable, observed, torch.zeros_like(observed))
         self.averages.mul_(decay).add_((1 - decay) * observed)
-        self.weight.mul_(decay).add_(1 - decay)
-        mean_detection, mean_distance = self.averages / self.weight.clamp(min=1e-12)
+        mean_detection, mean_distance = self.averages
         ratio = mean_detection / mean_distance.clamp(min=1e-12)
         return (self.share / (1 - self.share) * ratio).clamp(*self.bounds)

@@ -1,14 +1,9 @@
 import copy
 import json
-import os
 
 import pytest
 
 from sssd.data.annotations import AnnotationError, check_annotation_file, check_dataset
-
-needs_data = pytest.mark.skipif(
-    "DETECTRON2_DATASETS" not in os.environ, reason="DETECTRON2_DATASETS is not set"
-)
 
 
 def content():
@@ -267,7 +262,7 @@ def test_missing_dataset_by_name(tmp_path, monkeypatch):
         check_dataset("bccd_train", 3)
 
 
-@needs_data
+@pytest.mark.usefixtures("datasets_root")
 @pytest.mark.parametrize(
     ("name", "num_classes", "images", "boxes"),
     [
@@ -286,8 +281,7 @@ def test_real_datasets(name, num_classes, images, boxes):
         check_dataset(name, num_classes + 1)
 
 
-@needs_data
-def test_real_val2014_file():
-    path = os.path.join(os.environ["DETECTRON2_DATASETS"], "cocoapi/instances_val2014_100.json")
-    report = check_annotation_file(path, 80, training=False)
+def test_real_val2014_file(datasets_root):
+    path = datasets_root / "cocoapi/instances_val2014_100.json"
+    report = check_annotation_file(str(path), 80, training=False)
     assert (report.images, report.boxes, report.crowd_boxes) == (100, 839, 9)

@@ -13,10 +13,6 @@ from detectron2.evaluation import COCOEvaluator
 from sssd.data import datasets, demo
 from sssd.data.datasets import dataset_files, is_coco_style
 
-needs_data = pytest.mark.skipif(
-    "DETECTRON2_DATASETS" not in os.environ, reason="DETECTRON2_DATASETS is not set"
-)
-
 
 @pytest.fixture
 def fresh_metadata():
@@ -167,7 +163,7 @@ def test_names_without_coco_files_get_a_sentence():
         dataset_files("voc_2007_val")
 
 
-@needs_data
+@pytest.mark.usefixtures("datasets_root")
 @pytest.mark.parametrize(
     ("name", "images", "boxes"),
     [

@@ -121,8 +121,8 @@ def test_constant_losses_have_the_target_share_at_once(share):
         assert share_of(coefficient, 1.2, 0.03) == pytest.approx(share, abs=1e-5)
 
 
-def test_coefficient_is_of_the_bias_corrected_running_averages():
-    # Momentum 1/2, L = 2 then 4, D = 1 always: the average of L is (2/4 + 4/2) / (3/4) = 10/3.
+def test_coefficient_is_of_the_running_averages():
+    # Momentum 1/2, L = 2 then 4, D = 1 always, from 0: 2/4 + 4/2 = 2.5 to 1/4 + 1/2 = 0.75.
     controller = ShareController(share=0.5, momentum=0.5)
     assert feed(controller, 2.0, 1.0).item() == pytest.approx(2)
     assert feed(controller, 4.0, 1.0).item() == pytest.approx(10 / 3)
@@ -183,7 +183,7 @@ def test_state_continues_bit_identically():
     for pair in losses[:17]:
         first(*pair)
     state = {name: x.clone() for name, x in first.state_dict().items()}
-    assert sum(x.numel() for x in state.values()) == 3
+    assert sum(x.numel() for x in state.values()) == 2
     resumed = ShareController(share=0.45)
     resumed.load_state_dict(state)
     for pair, value in zip(losses[17:], expected[17:], strict=True):
@@ -204,9 +204,9 @@ def test_coefficient_carries_no_gradient():
 
 def test_half_precision_losses_are_averaged_in_single_precision():
     controller = ShareController(share=0.5)
-    coefficient = controller(torch.tensor(3.0).half(), torch.tensor(0.5).bfloat16())
+    coefficient = controller(torch.tensor(3.0).half(), torch.tensor(0.5).half())
     assert coefficient.dtype == torch.float32
-    assert coefficient.item() == pytest.approx(6)
+    assert coefficient.item() == pytest.approx(6, rel=1e-6)
 
 
 def test_no_value_is_read_back_from_the_device():
