@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -125,6 +126,7 @@ def final_results(output: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # Detectron2 v0.6's
     shutil.rmtree(OUTPUT, ignore_errors=True)  # metrics would be appended to those of the last run
     OUTPUT.mkdir(parents=True)
     say("making the pictures (once), then training plain and self-distilled side by side")

@@ -13,11 +13,12 @@ import uuid
 import zlib
 
 import numpy as np
+from iopath.common.file_io import file_lock
 
 from .demo_pictures import CLASS_NAMES, Dice, draw_picture
 
 # Raise this whenever the pictures or the files change: cached sets of other versions are remade.
-VERSION = 1
+VERSION = 2
 SPLITS = {"train": 320, "val": 96}  # pictures per split
 # As in COCO, the ids have gaps, so the mapping to contiguous class numbers is put to use.
 CATEGORY_IDS = (3, 7, 11, 19, 42)
@@ -97,15 +98,13 @@ def _write_set(folder: str, seed: int) -> None:
                 }
                 for drawn in picture.objects
             ]
+        numbers = _distinct(names, len(annotations))
+        for number, annotation in zip(numbers, annotations, strict=True):
+            annotation["id"] = number
         content = {
             "info": {"description": f"sssd demo set, {split}", "version": str(VERSION)},
-            "images": names.shuffled(images),
-            "annotations": [
-                {"id": number, **annotation}
-                for number, annotation in zip(
-                    _distinct(names, len(annotations)), names.shuffled(annotations), strict=True
-                )
-            ],
+            "images": sorted(images, key=lambda image: image["id"]),
+            "annotations": sorted(annotations, key=lambda annotation: annotation["id"]),
             "categories": [
                 {"id": number, "name": name, "supercategory": "shape"}
                 for number, name in zip(CATEGORY_IDS, CLASS_NAMES, strict=True)
@@ -124,17 +123,9 @@ def _is_whole(folder: str, seed: int) -> bool:
         return False
 
 
-def _put_in_place(made: str, target: str, seed: int) -> None:
-    """Renames the finished folder ``made`` to ``target``, whatever other processes do meanwhile."""
-    while True:
-        try:
-            os.rename(made, target)
-            return
-        except OSError:
-            if _is_whole(target, seed):  # another process was faster, with the same bytes
-                return
-            if not os.path.isdir(target):
-                raise
+def _put_in_place(made: str, target: str) -> None:
+    """Renames the finished folder ``made`` to ``target``, in place of an outdated set."""
+    if os.path.isdir(target):
         strangers = set(os.listdir(target)) - {"annotations", "images", _STAMP}
         if strangers:
             raise FileExistsError(
@@ -142,11 +133,9 @@ def _put_in_place(made: str, target: str, seed: int) -> None:
                 "move it away, or set SSSD_DEMO_ROOT to another folder."
             )
         outdated = f"{made}-outdated"
-        try:
-            os.rename(target, outdated)
-        except FileNotFoundError:  # another process has just taken it away
-            continue
+        os.rename(target, outdated)
         shutil.rmtree(outdated, ignore_errors=True)
+    os.rename(made, target)
 
 
 def make_demo_dataset(root: str, seed: int = 0) -> None:
@@ -154,7 +143,7 @@ def make_demo_dataset(root: str, seed: int = 0) -> None:
 
     It holds annotations/instances_train.json, annotations/instances_val.json and images/. A set of
     another version or seed, or one that lost its stamp, is replaced. Several processes may call
-    this at once: each sees a whole set when its call returns.
+    this at once: one makes the set, the others wait for it.
 
     Args:
         root: the folder to make it in; created if missing.
@@ -176,7 +165,9 @@ def make_demo_dataset(root: str, seed: int = 0) -> None:
             "set SSSD_DEMO_ROOT to a folder that can be written."
         ) from error
     try:
-        _write_set(made, seed)
-        _put_in_place(made, target, seed)
+        with file_lock(os.path.join(root, f".{FOLDER}")):
+            if not _is_whole(target, seed):  # another process may have made it meanwhile
+                _write_set(made, seed)
+                _put_in_place(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -317,7 +317,7 @@ def draw_picture(dice: Dice) -> Picture:
             index = CLASS_NAMES.index(kind)
             objects.append(DrawnObject(index, _tight_box(mask), int(mask.sum())))
 
-    for _ in range(dice.integer(0, 2)):  # thin lines across everything
+    for _ in range(dice.integer(0, 1)):  # thin lines across everything
         x, y = dice.integer(0, width - 1), dice.integer(0, height - 1)
         line = _Pose(x, y, dice.integer(20, 90), 1, dice.integer(0, ANGLES - 1))
         _paint(dice, canvas, "block", line)

@@ -102,7 +102,7 @@ def check_datasets(cfg: CfgNode, model: nn.Module) -> None:
         num_classes = student_num_classes(model)
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         if is_coco_style(name):
-            report = check_dataset(name, num_classes)
+            report = check_dataset(name, num_classes, training=name in cfg.DATASETS.TRAIN)
             logger.info(report.summary())
 
 
@@ -130,10 +130,10 @@ def describe_distillation(model: SelfDistiller, cfg: CfgNode) -> str:
 
 def _changes(schedule: Any, phases: Any) -> list[int]:
     """First iteration, then those at which a step schedule changes; first and last for others."""
-    milestones = schedule.keywords.get("milestones")
-    if milestones is not None:
-        return [0, *(m for m in milestones if m < phases.max_iter)]
-    if "max_iter" in schedule.keywords:
+    settings = getattr(schedule, "keywords", {})  # of the schedules of sssd.losses
+    if "milestones" in settings:
+        return [0, *(m for m in settings["milestones"] if m < phases.max_iter)]
+    if "max_iter" in settings:
         return [0, phases.max_iter - 1]
     return [0]
 
