@@ -22,7 +22,6 @@ def draw_detections(
     images: Sequence[np.ndarray],
     columns: dict[str, Sequence[Instances]],
     class_names: Sequence[str],
-    score_threshold: float = 0.5,
 ) -> None:
     """Draws boxes side by side: a row for each image, a column for each source.
 
@@ -32,7 +31,6 @@ def draw_detections(
         columns: title -> one Instances for each image, with ``gt_boxes`` and ``gt_classes`` or
             with ``pred_boxes``, ``pred_classes`` and ``scores``, in pixels of the image.
         class_names: names by class index.
-        score_threshold: detections below it are not drawn.
     """
     figure, axes = plt.subplots(
         len(images),
@@ -48,7 +46,6 @@ def draw_detections(
             axis.imshow(image)
             axis.set_axis_off()
             if instances.has("scores"):
-                instances = instances[instances.scores >= score_threshold]
                 boxes, classes = instances.pred_boxes, instances.pred_classes
                 labels = [
                     f"{class_names[c]} {s:.2f}"

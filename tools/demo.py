@@ -110,8 +110,12 @@ def draw_pictures() -> None:
         images.append(inputs["image"].permute(1, 2, 0).numpy()[:, :, ::-1])
         truth.append(inputs["instances"])
         with torch.no_grad():
-            student.append(model([inputs])[0]["instances"].to("cpu"))
-        teacher.append(model.detect_from_teacher([inputs])[0]["instances"].to("cpu"))
+            found = model([inputs])[0]["instances"].to("cpu")
+        taught = model.detect_from_teacher([inputs])[0]["instances"].to("cpu")
+        # As many as there are objects: detectors this young have low scores of different scales
+        count = len(inputs["instances"])
+        student.append(found[found.scores.argsort(descending=True)[:count]])
+        teacher.append(taught[taught.scores.argsort(descending=True)[:count]])
     draw_detections(
         OUTPUT / "detections.png",
         images,
