@@ -35,6 +35,9 @@ def add_sssd_config(cfg: CN) -> None:
     # Keep the teacher's detection loss from reaching the student's backbone through the
     # appearance embeddings (LGD: for Faster R-CNN only).
     cfg.MODEL.SSSD.TEACHER.DETACH_APPEARANCE = True
+    # Add each object's own label embedding to what its appearance attends to. Not in LGD, whose
+    # objects find their labels by attention alone; that takes longer than a short schedule has.
+    cfg.MODEL.SSSD.TEACHER.LABEL_RESIDUAL = False
     # Factor on the detection losses of the teacher's pass.
     cfg.MODEL.SSSD.TEACHER.LOSS_WEIGHT = 1.0
 

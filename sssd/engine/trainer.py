@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -133,13 +134,28 @@ class Trainer(DefaultTrainer):
 def hold_frozen_backbone(optimizer: torch.optim.Optimizer, model: SelfDistiller) -> None:
     """Makes ``optimizer`` leave the backbone alone while it is frozen.
 
-    Weight decay and momentum would move it although its gradient is zero.
+    A frozen parameter has a gradient of zero (DistributedDataParallel wants one), and with that,
+    weight decay and momentum would move it. So for the length of a step it is no parameter of
+    the optimizer.
     """
+    held: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
 
-    def drop(*args: Any) -> None:
-        model.drop_frozen_gradients()
+    def take_out(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        frozen = {id(p) for p in model.frozen_parameters(get_event_storage().iter)}
+        # Detectron2's clipping optimizers step inside a step: only the outer one counts.
+        if held or not frozen:
+            return
+        for group in optimizer.param_groups:
+            held.append((group, group["params"]))
+            group["params"] = [p for p in group["params"] if id(p) not in frozen]
 
-    optimizer.register_step_pre_hook(drop)
+    def put_back(*args: Any) -> None:
+        for group, parameters in held:
+            group["params"] = parameters
+        held.clear()
+
+    optimizer.register_step_pre_hook(take_out)
+    optimizer.register_step_post_hook(put_back)
 
 
 class _RunningStatistics:

@@ -94,6 +94,7 @@ class SelfDistiller(nn.Module):
                     num_heads=keys.TEACHER.NUM_HEADS,
                     add_context_box=keys.TEACHER.ADD_CONTEXT_BOX,
                     detach_appearance=keys.TEACHER.DETACH_APPEARANCE,
+                    label_residual=keys.TEACHER.LABEL_RESIDUAL,
                 ),
                 "distillation": PyramidDistillation(
                     channels=channels,
@@ -194,15 +195,11 @@ class SelfDistiller(nn.Module):
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
-    def drop_frozen_gradients(self) -> None:
-        """Takes the (zero) gradients of a frozen backbone away, to be called before a step.
-
-        With a gradient of zero an optimizer still applies weight decay and momentum; without a
-        gradient it leaves the parameter alone.
-        """
-        if self.phases.freezes_backbone(get_event_storage().iter):
-            for parameter in self.bottom_up.parameters():
-                parameter.grad = None
+    def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
+        """Parameters that ``iteration`` leaves as they are although the config trains them."""
+        if not self.phases.freezes_backbone(iteration):
+            return []
+        return [p for p in self.bottom_up.parameters() if p.requires_grad]
 
     def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
         """Detection losses of the teacher's pyramid through the student's own heads."""
@@ -219,10 +216,7 @@ class SelfDistiller(nn.Module):
 
         DistributedDataParallel waits for a gradient of each parameter.
         """
-        if not self.phases.freezes_backbone(iteration):
-            return 0.0
-        parameters = [p for p in self.bottom_up.parameters() if p.requires_grad]
-        return 0.0 * sum(p.sum() for p in parameters) if parameters else 0.0
+        return 0.0 * sum((p.sum() for p in self.frozen_parameters(iteration)), 0.0)
 
     # ---- To everybody else it is the student ----
 

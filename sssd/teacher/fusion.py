@@ -19,13 +19,20 @@ class RelationAdapter(nn.Module):
     weights are shared by all levels. Objects never attend to another image's.
     """
 
-    def __init__(self, *, embed_dim: int, num_heads: int) -> None:
+    def __init__(self, *, embed_dim: int, num_heads: int, label_residual: bool = False) -> None:
+        """
+        Args:
+            embed_dim: width E of the object embeddings, a multiple of ``num_heads``.
+            num_heads: attention heads.
+            label_residual: add each object's own label embedding to what it attends to.
+        """
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(
                 f"The teacher's embedding width {embed_dim} is not a multiple of its {num_heads} "
                 "attention heads; change MODEL.SSSD.TEACHER.EMBED_DIM or NUM_HEADS."
             )
+        self.label_residual = label_residual
         self.label_projection = pointwise(embed_dim, embed_dim)
         self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
 
@@ -52,6 +59,8 @@ class RelationAdapter(nn.Module):
             key_padding_mask=ignored.repeat(num_levels, 1),
             need_weights=False,
         )
+        if self.label_residual:
+            attended = attended + labels
         return attended.view_as(appearance)
 
 

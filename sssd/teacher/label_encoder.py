@@ -3,6 +3,8 @@
 N: images, M: most objects in an image, D: descriptor width, E: embedding width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,10 @@ class LabelEncoder(nn.Module):
         self.feature_transform = SpatialTransformer(64)
         self.set_features = pointwise(64, 128, 1024)
         self.output = pointwise(64 + 1024, embed_dim)
+        # Sixteen times as many inputs describe the company as the object itself. Left at that, the
+        # embeddings of an image start out all but equal; this gives both halves equal say.
+        with torch.no_grad():
+            self.output[0].weight[:, :64] *= math.sqrt(1024 / 64)
 
     def forward(self, objects: ObjectBatch) -> Tensor:
         """Returns the label embeddings (N, M, E); those of padding are meaningless."""

@@ -35,6 +35,7 @@ class LabelEncodingTeacher(nn.Module):
         num_heads: int = 8,
         add_context_box: bool = False,
         detach_appearance: bool = True,
+        label_residual: bool = False,
     ) -> None:
         """
         Args:
@@ -47,6 +48,9 @@ class LabelEncodingTeacher(nn.Module):
             add_context_box: add to each image an object without class that covers all of it.
             detach_appearance: keep the teacher's detection loss from reaching the student's
                 backbone through the appearance embeddings (LGD: yes for Faster R-CNN only).
+            label_residual: add each object's own label embedding to what its appearance attends
+                to. Not in LGD: there, an object has to find its own label among those of its image,
+                and until it has learned that, all objects of an image get their mean.
         """
         super().__init__()
         embed_dim = embed_dim or -(-channels // num_heads) * num_heads
@@ -56,7 +60,9 @@ class LabelEncodingTeacher(nn.Module):
         self.detach_appearance = detach_appearance
         self.label_encoder = LabelEncoder(num_classes=num_classes, embed_dim=embed_dim)
         self.appearance_encoder = AppearanceEncoder(channels=channels, embed_dim=embed_dim)
-        self.relation_adapter = RelationAdapter(embed_dim=embed_dim, num_heads=num_heads)
+        self.relation_adapter = RelationAdapter(
+            embed_dim=embed_dim, num_heads=num_heads, label_residual=label_residual
+        )
         self.painter = MapPainter(
             channels=channels, embed_dim=embed_dim, with_context=add_context_box
         )

@@ -169,8 +169,11 @@ def test_every_parameter_is_in_the_graph_of_every_iteration():
 # ---- The frozen backbone ----
 
 
-def test_frozen_backbone_moves_nothing_and_then_trains():
+@pytest.mark.parametrize("clipping", ["none", "value", "norm"])
+def test_frozen_backbone_moves_nothing_and_then_trains(clipping):
     cfg = tiny_config(
+        "SOLVER.CLIP_GRADIENTS.ENABLED", clipping != "none",
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clipping.replace("none", "value"),
         "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 2, "SOLVER.WEIGHT_DECAY", 0.1,
         "SOLVER.MOMENTUM", 0.9,
     )  # fmt: skip

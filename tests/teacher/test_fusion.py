@@ -9,9 +9,11 @@ from tests.teacher.scenes import reference_painting, scene
 VALID = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
 
 
-def adapter(embed_dim=8, num_heads=2):
+def adapter(embed_dim=8, num_heads=2, label_residual=False):
     torch.manual_seed(0)
-    module = RelationAdapter(embed_dim=embed_dim, num_heads=num_heads)
+    module = RelationAdapter(
+        embed_dim=embed_dim, num_heads=num_heads, label_residual=label_residual
+    )
     torch.nn.init.normal_(module.attention.in_proj_bias, std=0.5)
     return module
 
@@ -51,6 +53,13 @@ def test_attention_equals_that_of_each_image_and_level_alone(training):
             on = VALID[image]
             expected = attention_by_hand(module, appearance[level, image, on], labels[image, on])
             torch.testing.assert_close(fused[level, image, on], expected)
+
+
+def test_label_residual_adds_each_objects_own_projected_label_on_every_level():
+    plain, residual = adapter(), adapter(label_residual=True)
+    appearance, labels = embeddings(4, 3, 3, 8), embeddings(3, 3, 8, seed=2)
+    expected = plain(appearance, labels, VALID) + plain.label_projection(labels)
+    torch.testing.assert_close(residual(appearance, labels, VALID), expected)
 
 
 def test_attention_never_crosses_images():
