@@ -21,6 +21,7 @@ install:
 	@PYTHON="$(PYTHON)" requirements/install.sh
 
 demo: install
+	@echo "demo: starting"
 	@$(VENV)/python tools/demo.py $(ARGS)
 
 test: install

@@ -7,13 +7,16 @@ pictures for the same iterations, evaluates both, and leaves pictures and the st
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
 
 # isort: split
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,8 +41,26 @@ HEARTBEAT_SECONDS = 5
 NUM_PICTURES = 4
 
 
-def say(text: str) -> None:
-    print(f"demo: {text}", flush=True)
+class Heartbeat(threading.Thread):
+    """Prints what is going on every few seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.started = time.monotonic()
+        self.status: Callable[[], str] = lambda: "starting"
+
+    def say(self, status: str | Callable[[], str]) -> None:
+        """Sets what is going on: a text, or a function that looks."""
+        self.status = status if callable(status) else lambda: status
+        self._print()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(HEARTBEAT_SECONDS)
+            self._print()
+
+    def _print(self) -> None:
+        print(f"demo: {time.monotonic() - self.started:4.0f} s | {self.status()}", flush=True)
 
 
 def start(name: str) -> subprocess.Popen:
@@ -68,23 +89,26 @@ def progress(name: str, max_iter: int) -> str:
     return f"{name} {int(steps[-1][1]) + 1}/{max_iter}, loss {float(steps[-1][2]):.2f}"
 
 
-def train_both() -> None:
-    """Trains side by side, with a line every few seconds; raises SystemExit when one fails."""
+def train_both(heartbeat: Heartbeat) -> None:
+    """Trains side by side; raises SystemExit when one fails."""
     max_iter = {
         name: load_config(str(config)).SOLVER.MAX_ITER for name, (config, _) in RUNS.items()
     }
-    started = time.monotonic()
     processes = {name: start(name) for name in RUNS}
+    heartbeat.say(lambda: " | ".join(progress(name, max_iter[name]) for name in RUNS))
     try:
+        # Both at a time: when one fails, the other is not waited for
         while any(p.poll() is None for p in processes.values()):
-            time.sleep(HEARTBEAT_SECONDS)
-            lines = [progress(name, max_iter[name]) for name in RUNS]
-            say(f"{time.monotonic() - started:4.0f} s | {' | '.join(lines)}")
+            if any(p.poll() for p in processes.values()):
+                break
+            time.sleep(0.5)
     finally:
         for process in processes.values():
             process.terminate()
-    for name, process in processes.items():
-        if process.wait() != 0:
+    codes = {name: process.wait() for name, process in processes.items()}
+    # A training that was ended because the other failed (a negative code) is not to blame
+    for name in sorted(codes, key=lambda name: -codes[name]):
+        if codes[name] != 0:
             log = OUTPUT / f"{name}.log"
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             sys.exit(f"{tail}\ndemo: the {name} training failed; {log} has all of it")
@@ -130,16 +154,20 @@ def final_results(output: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", message="torch.meshgrid")  # Detectron2 v0.6's
+    # What Detectron2 warns of is in the logs of the trainings
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     shutil.rmtree(OUTPUT, ignore_errors=True)  # metrics would be appended to those of the last run
     OUTPUT.mkdir(parents=True)
-    say("making the pictures (once), then training plain and self-distilled side by side")
+    heartbeat = Heartbeat()
+    heartbeat.start()
+    heartbeat.say("making the pictures (once)")
     for config, _ in RUNS.values():
         for name in load_config(str(config)).DATASETS.TRAIN:
             MetadataCatalog.get(name).json_file  # noqa: B018  (reading it makes the files)
-    train_both()
+    train_both(heartbeat)
 
-    say("drawing")
+    heartbeat.say("drawing")
     draw_pictures()
     student = OUTPUT / "student" / "model.pth"
     export_student(
