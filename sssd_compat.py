@@ -9,9 +9,9 @@ deployment. Call `apply()` before importing `detectron2.layers` or `detectron2.d
 
 A script whose data-loader workers are *spawned* calls it at module level, so that the workers
 run it too. Every shim is decided by feature, never by version: it is applied when the sources of
-the installed Detectron2 use something and this environment lacks it. On Detectron2 main, and on
-a compiled v0.6 with libraries of its time, nothing is changed. The shims, by the names `apply()`
-returns:
+the installed Detectron2 use something and this environment lacks it. On a compiled Detectron2
+main nothing is changed; on an unbuilt one, deformable convolutions alone. On a compiled v0.6 with
+libraries of its time, FCOS alone is changed. The shims, by the names `apply()` returns:
 
 - ``extension``: stands in for the compiled ``detectron2._C`` that v0.6 imports at the top of its
   layers. Box detection never calls it; an operator that is called says what is missing.
@@ -21,6 +21,9 @@ returns:
   refuses.
 - ``retinanet-groupnorm``: the heads of RetinaNet and FCOS ask for a GroupNorm of one channel to
   learn its type, which torch refuses.
+- ``fcos-empty-images``: v0.6's FCOS fails in training on an image without objects.
+- ``deformable-convolution``: ``DeformConv`` and ``ModulatedDeformConv`` without the compiled
+  kernels, through torchvision's operator.
 """
 
 from __future__ import annotations
@@ -88,6 +91,13 @@ def _source(folder: Path, *parts: str) -> str:
     """Text of one source file, empty if this Detectron2 has no such file."""
     file = folder.joinpath(*parts)
     return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _has_extension(folder: Path) -> bool:
+    """Whether Detectron2 is compiled. Whatever else stands in for the extension counts too."""
+    if importlib.machinery.PathFinder.find_spec(_EXTENSION, [str(folder)]) is not None:
+        return True
+    return not isinstance(sys.modules.get(_EXTENSION), _MissingExtension | None)
 
 
 # --- patching modules of Detectron2 once they are imported ---------------------------------
@@ -172,8 +182,7 @@ def _shim_extension(folder: Path) -> bool:
     layers = "\n".join(_source(file) for file in sorted(folder.glob("layers/*.py")))
     if not re.search(r"^(from detectron2 import _C|import detectron2\._C)\b", layers, re.M):
         return False
-    built = importlib.machinery.PathFinder.find_spec(_EXTENSION, [str(folder)]) is not None
-    if built or _EXTENSION in sys.modules:
+    if _has_extension(folder):
         return False
     sys.modules[_EXTENSION] = _MissingExtension()
 
@@ -262,12 +271,153 @@ def _shim_groupnorm(folder: Path) -> bool:
     return True
 
 
+def _shim_fcos(folder: Path) -> bool:
+    # Main labels image by image, and looks first whether an image has objects.
+    matching = "self.match_anchors(anchors, gt_instances)"
+    if matching not in _source(folder, "modeling", "meta_arch", "fcos.py"):
+        return False
+    import torch
+
+    def patch(module: types.ModuleType) -> None:
+        original = module.FCOS.label_anchors
+
+        @functools.wraps(original)
+        def label_anchors(self, anchors, gt_instances):
+            # The original sees the images that have objects; it takes an empty list, too.
+            labels, boxes = map(iter, original(self, anchors, [x for x in gt_instances if len(x)]))
+            every = module.Boxes.cat(anchors).tensor
+            matched_labels, matched_boxes = [], []
+            for instances in gt_instances:
+                if len(instances):
+                    matched_labels.append(next(labels))
+                    matched_boxes.append(next(boxes))
+                else:  # all background, whose boxes no loss looks at
+                    background = every.new_full((len(every),), self.num_classes, dtype=torch.long)
+                    matched_labels.append(background)
+                    matched_boxes.append(module.Boxes(torch.zeros_like(every)))
+            return matched_labels, matched_boxes
+
+        module.FCOS.label_anchors = label_anchors
+
+    _patch_module("detectron2.modeling.meta_arch.fcos", patch)
+    return True
+
+
+def _modulated_deform_conv(
+    input,
+    offset,
+    mask,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    deformable_groups=1,
+):
+    """Detectron2's `modulated_deform_conv`, and without a mask its `deform_conv`.
+
+    torchvision's kernels order the channels of offset and mask as Detectron2's do: deformable
+    group, kernel position, and for an offset y before x.
+    """
+    import torch
+
+    try:
+        from torchvision.ops import deform_conv2d
+
+        _ = torch.ops.torchvision.deform_conv2d  # the function above exists without its operator
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise NotImplementedError(
+            "Without Detectron2's compiled extension (detectron2._C), deformable convolutions need "
+            "torchvision's operator 'deform_conv2d', which is missing here: install the "
+            f"torchvision that was built for torch {torch.__version__}, or a compiled Detectron2."
+        ) from error
+
+    # torchvision takes both numbers of groups from the shapes, and would run with wrong ones.
+    height, width = weight.shape[2:]
+    for name, tensor, channels in (
+        ("input", input, groups * weight.shape[1]),
+        ("offset", offset, 2 * deformable_groups * height * width),
+    ):
+        if tensor.dim() != 4 or tensor.shape[1] != channels:
+            raise ValueError(
+                f"The {name} of a deformable convolution has shape {tuple(tensor.shape)}, but "
+                f"groups={groups}, deformable_groups={deformable_groups} and a weight of shape "
+                f"{tuple(weight.shape)} need 4 dimensions and {channels} channels."
+            )
+    # Autocast hands over operands of several types, torchvision has no kernel for bfloat16 on
+    # the CPU, and in half precision a position in a large map is coarser than a cell.
+    precision = torch.float64 if input.dtype == torch.float64 else torch.float32
+    bias, mask = (x if x is None else x.to(precision) for x in (bias, mask))
+    output = deform_conv2d(
+        input.to(precision),
+        offset.to(precision),
+        weight.to(precision),
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        mask=mask,
+    )
+    return output.to(input.dtype)
+
+
+def _deform_conv(
+    input,
+    offset,
+    weight,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    deformable_groups=1,
+    im2col_step=64,  # how many images Detectron2's kernel takes at a time; no result depends on it
+):
+    return _modulated_deform_conv(
+        input, offset, None, weight, None, stride, padding, dilation, groups, deformable_groups
+    )
+
+
+_DEFORMABLE = ("DeformConv", "ModulatedDeformConv", "deform_conv", "modulated_deform_conv")
+
+
+def _shim_deformable(folder: Path) -> bool:
+    source = _source(folder, "layers", "deform_conv.py")
+    uses_extension = "from detectron2 import _C" in source and "\ndeform_conv = " in source
+    if not uses_extension or _has_extension(folder):
+        return False
+
+    def patch(module: types.ModuleType) -> None:
+        before = {name: getattr(module, name) for name in _DEFORMABLE}
+        if not hasattr(module, "_C"):
+            # Main has replaced its classes by dummies that cannot be built. Executing the module
+            # once more, with an extension to import, keeps them; nobody else may see this one.
+            sys.modules[_EXTENSION] = _MissingExtension()
+            try:
+                loader = importlib.machinery.SourceFileLoader(module.__name__, module.__file__)
+                loader.exec_module(module)
+            finally:
+                del sys.modules[_EXTENSION]
+        module.deform_conv = _deform_conv
+        module.modulated_deform_conv = _modulated_deform_conv
+        # For whoever imported them from here before this was patched.
+        for other in list(sys.modules.values()):
+            for name, value in before.items():
+                if getattr(other, "__dict__", {}).get(name) is value:
+                    setattr(other, name, getattr(module, name))
+
+    _patch_module("detectron2.layers.deform_conv", patch)
+    return True
+
+
 _SHIMS: dict[str, Callable[[Path], bool]] = {
     "extension": _shim_extension,
     "pillow-linear": _shim_pillow,
     "numpy-aliases": _shim_numpy,
     "sample-from-set": _shim_sample,
     "retinanet-groupnorm": _shim_groupnorm,
+    "fcos-empty-images": _shim_fcos,
+    "deformable-convolution": _shim_deformable,
 }
 _patches: dict[str, Callable[[types.ModuleType], None]] = {}
 _in_force: list[str] = []

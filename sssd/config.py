@@ -88,3 +88,36 @@ def add_sssd_config(cfg: CN) -> None:
     # Read the three numbers above as for a run of 180000 iterations and scale them to
     # SOLVER.MAX_ITER.
     cfg.MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER = False
+
+    # ---- Where the teacher's optimizer settings differ (LGD trains it with an optimizer of its
+    # own, with the same values in its ResNet configs) ----
+    cfg.MODEL.SSSD.SOLVER = CN()
+    # Learning rate of the teacher; negative for SOLVER.BASE_LR. It follows the same schedule.
+    cfg.MODEL.SSSD.SOLVER.TEACHER_BASE_LR = -1.0
+    # Weight decay of the teacher; negative for SOLVER.WEIGHT_DECAY.
+    cfg.MODEL.SSSD.SOLVER.TEACHER_WEIGHT_DECAY = -1.0
+
+    # ---- Detectron2's FCOS, built by META_ARCHITECTURE or STUDENT "Detectron2FCOS" ----
+    # (Other packages own MODEL.FCOS. The defaults are those of Detectron2's own FCOS config.)
+    cfg.MODEL.SSSD.FCOS = CN()
+    # Number of foreground classes.
+    cfg.MODEL.SSSD.FCOS.NUM_CLASSES = 80
+    # Pyramid levels that the head looks at.
+    cfg.MODEL.SSSD.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Map from which the two coarsest levels are computed, with
+    # build_retinanet_resnet_fpn_backbone; empty to take the backbone as it is built ("res5").
+    cfg.MODEL.SSSD.FCOS.TOP_BLOCK_IN_FEATURE = "p5"
+    # Convolutions in each of the two towers, and their normalisation.
+    cfg.MODEL.SSSD.FCOS.NUM_CONVS = 4
+    cfg.MODEL.SSSD.FCOS.NORM = "GN"
+    # Probability of a class before training, for the bias of the classifier.
+    cfg.MODEL.SSSD.FCOS.PRIOR_PROB = 0.01
+    # Radius, in cells, around an object's centre within which a cell is positive.
+    cfg.MODEL.SSSD.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.SSSD.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.SSSD.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Detection: least root of class score times centreness, candidates kept for the
+    # non-maximum suppression, and its IoU threshold.
+    cfg.MODEL.SSSD.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.SSSD.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.SSSD.FCOS.NMS_THRESH_TEST = 0.6

@@ -115,7 +115,7 @@ def plot_training(path: Path, metrics: Sequence[dict[str, float]], title: str = 
     losses.set_ylim(bottom=0)
     losses.legend(fontsize=8)
     share.plot(iterations, [100 * x["loss_distill/share"] for x in lines], color="tab:green")
-    share.set_title("share of the distillation term in the total loss, %")
+    share.set_title("distillation, % of the total loss")
     share.set_ylim(0, 100)
     coefficient.plot(
         iterations,

@@ -26,6 +26,7 @@ MAIN = {
     "data/transforms/transform.py": "interp = Image.BILINEAR\n",
     "data/build.py": "histogram = np.zeros(3, dtype=int)  # np.integer, np.float32\n",
     "modeling/meta_arch/retinanet.py": "norm_name = str(type(get_norm(norm, 32)))\n",
+    "modeling/meta_arch/fcos.py": "quality = self._match_anchors(inst.gt_boxes, anchors)\n",
 }
 # The same places as v0.6 writes them.
 V06 = {
@@ -45,6 +46,8 @@ class MapDataset:
     "data/transforms/transform.py": "interp = Image.LINEAR\n",
     "data/build.py": "histogram = np.zeros(3, dtype=np.int)\n",
     "modeling/meta_arch/retinanet.py": "norm_name = str(type(get_norm(norm, 1)))\n",
+    "modeling/meta_arch/fcos.py": "indices = self.match_anchors(anchors, gt_instances)\n",
+    "layers/deform_conv.py": "from detectron2 import _C\n\ndeform_conv = _C.deform_conv\n",
 }
 # What the shims may touch, as text that can be compared.
 SNAPSHOT = """
@@ -124,6 +127,8 @@ def test_every_shim_where_all_are_needed(tmp_path):
         "numpy-aliases": lacks[1],
         "sample-from-set": sys.version_info >= (3, 11),
         "retinanet-groupnorm": True,
+        "fcos-empty-images": True,
+        "deformable-convolution": True,
     }
     assert applied == again == [name for name, needed in expected.items() if needed]
     # The last: an alias that no source uses is not added.

@@ -4,7 +4,9 @@
     tools/export_student.py output/demo/sssd/model_final.pth --output output/student
 
 The folder then holds ``model.pth`` (weights only) and ``config.yaml`` (no key of sssd): what
-Detectron2's own tools need for prediction, test-time augmentation, tracing or ONNX.
+Detectron2's own tools need for prediction, test-time augmentation, tracing or ONNX. Where yacs
+has no name for the student (FCOS, and what comes from a LazyConfig), the config is
+``lazy_config.yaml``, for LazyConfig.load and instantiate.
 """
 
 import argparse
@@ -26,10 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     config_file = args.config_file or str(Path(args.checkpoint).parent / "config.yaml")
     try:
-        export_student(args.checkpoint, config_file, args.output)
+        written = export_student(args.checkpoint, config_file, args.output)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {args.output}/model.pth and {args.output}/config.yaml")
+    print(f"wrote {args.output}/model.pth and {written}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from .. import _detectron2  # noqa: F401
 from .checkpoint import Checkpointer, CheckpointError
 from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
+from .optimizer import build_optimizer, hold_frozen_backbone, optimizer_params
 from .setup import load_config, setup
-from .trainer import Trainer, hold_frozen_backbone
+from .trainer import Trainer
 
 __all__ = [
     "BestCheckpointer",
@@ -15,8 +16,10 @@ __all__ = [
     "Checkpointer",
     "DistillationMetrics",
     "Trainer",
+    "build_optimizer",
     "export_student",
     "hold_frozen_backbone",
     "load_config",
+    "optimizer_params",
     "setup",
 ]

@@ -1,10 +1,13 @@
 """From a training checkpoint to what stock Detectron2 loads."""
 
 import os
+import re
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from .checkpoint import Checkpointer
 from .setup import load_config
@@ -22,13 +25,19 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def export_student(checkpoint: str, config_file: str, output: str) -> None:
-    """Writes ``model.pth`` (weights only) and ``config.yaml`` of the student into a folder.
+def export_student(checkpoint: str, config_file: str, output: str) -> str:
+    """Writes the weights of the student and a config that stock Detectron2 builds it from.
+
+    The folder then holds ``model.pth`` and ``config.yaml``, or, for a student that comes from a
+    LazyConfig or that stock yacs has no name for, ``lazy_config.yaml`` with the key ``model``.
 
     Args:
         checkpoint: a file written by training, self-distilled or plain.
         config_file: the config of that training (its OUTPUT_DIR has it as config.yaml).
         output: folder, made if missing.
+
+    Returns:
+        Path of the config that was written.
 
     Raises:
         FileNotFoundError: when there is no config file.
@@ -39,15 +48,40 @@ def export_student(checkpoint: str, config_file: str, output: str) -> None:
             f"The config {config_file} does not exist; name the config of the training with "
             "--config-file."
         )
-    cfg = stock_config(load_config(config_file))
-    os.makedirs(output, exist_ok=True)
+    config = _student_config(config_file)
     weights = os.path.join(output, "model.pth")
-    cfg.MODEL.WEIGHTS = weights
-    cfg.OUTPUT_DIR = output
+    if isinstance(config, DictConfig):
+        model, path = instantiate(config), os.path.join(output, "lazy_config.yaml")
+    else:
+        model = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
+        path = os.path.join(output, "config.yaml")
+        config.MODEL.WEIGHTS = weights
+        config.OUTPUT_DIR = output
 
     # Built and loaded whole, so that what is written is known to fit.
-    model = build_model(cfg)
+    _save_weights(model, checkpoint, weights)
+    if isinstance(config, DictConfig):
+        LazyConfig.save(OmegaConf.create({"model": config}, flags={"allow_objects": True}), path)
+    else:
+        with open(path, "w") as f:
+            f.write(config.dump())
+    return path
+
+
+def _student_config(config_file: str) -> CfgNode | DictConfig:
+    """The yacs config of the student, or its LazyConfig node."""
+    with open(config_file) as f:
+        lazy = config_file.endswith(".py") or re.search(r"^model:", f.read(), re.M)
+    if lazy:
+        node = LazyConfig.load(config_file).model
+        return node.student if "student" in node else node
+    cfg = load_config(config_file)
+    stock = stock_config(cfg)
+    builder = META_ARCH_REGISTRY.get(stock.MODEL.META_ARCHITECTURE)
+    return builder.lazy_config(cfg) if hasattr(builder, "lazy_config") else stock
+
+
+def _save_weights(model: nn.Module, checkpoint: str, path: str) -> None:
     Checkpointer(model).load(checkpoint, checkpointables=[], whole=True)
-    torch.save({"model": {k: v.cpu() for k, v in model.state_dict().items()}}, weights)
-    with open(os.path.join(output, "config.yaml"), "w") as f:
-        f.write(cfg.dump())
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    torch.save({"model": {k: v.cpu() for k, v in model.state_dict().items()}}, path)

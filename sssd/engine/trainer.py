@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -20,6 +19,7 @@ from ..evaluation import FastCOCOEvaluator
 from ..meta_arch import SelfDistiller
 from .checkpoint import Checkpointer
 from .hooks import BestCheckpointer, DistillationMetrics
+from .optimizer import build_optimizer
 from .setup import check_datasets, describe_distillation
 
 __all__ = ["Trainer"]
@@ -51,10 +51,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = super().build_optimizer(cfg, model)
-        if isinstance(model, SelfDistiller):
-            hold_frozen_backbone(optimizer, model)
-        return optimizer
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -129,33 +126,6 @@ class Trainer(DefaultTrainer):
             f"{os.path.join(self.cfg.OUTPUT_DIR, 'model_last_good.pth')}: lower SOLVER.BASE_LR, "
             "lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS, then --resume."
         ) from error
-
-
-def hold_frozen_backbone(optimizer: torch.optim.Optimizer, model: SelfDistiller) -> None:
-    """Makes ``optimizer`` leave the backbone alone while it is frozen.
-
-    A frozen parameter has a gradient of zero (DistributedDataParallel wants one), and with that,
-    weight decay and momentum would move it. So for the length of a step it is no parameter of
-    the optimizer.
-    """
-    held: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-
-    def take_out(optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        frozen = {id(p) for p in model.frozen_parameters(get_event_storage().iter)}
-        # Detectron2's clipping optimizers step inside a step: only the outer one counts.
-        if held or not frozen:
-            return
-        for group in optimizer.param_groups:
-            held.append((group, group["params"]))
-            group["params"] = [p for p in group["params"] if id(p) not in frozen]
-
-    def put_back(*args: Any) -> None:
-        for group, parameters in held:
-            group["params"] = parameters
-        held.clear()
-
-    optimizer.register_step_pre_hook(take_out)
-    optimizer.register_step_post_hook(put_back)
 
 
 class _RunningStatistics:

@@ -3,7 +3,8 @@
 from .. import _detectron2  # noqa: F401
 
 # isort: split
+from . import fcos  # noqa: F401  (registers Detectron2FCOS)
 from .phases import Phases
-from .self_distiller import SelfDistiller
+from .self_distiller import SelfDistiller, distill
 
-__all__ = ["Phases", "SelfDistiller"]
+__all__ = ["Phases", "SelfDistiller", "distill"]

@@ -1,17 +1,30 @@
 """From the config to the parts of the SelfDistiller."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from ..losses import ShareController, coefficient_schedule
+from ..losses import PyramidDistillation, ShareController, coefficient_schedule
 from ..losses.coefficient import SCHEDULES
+from ..teacher import LabelEncodingTeacher
+from .passes import forked_random_state, in_evaluation_mode
 from .phases import Phases
 
-__all__ = ["build_coefficient", "build_phases", "build_student", "pyramid_of"]
+__all__ = [
+    "build_coefficient",
+    "build_phases",
+    "build_student",
+    "build_training_parts",
+    "check_calls_backbone",
+    "never_calls_backbone",
+    "pyramid_of",
+    "student_num_classes",
+]
 
 
 def build_student(cfg: CfgNode) -> nn.Module:
@@ -28,6 +41,35 @@ def build_student(cfg: CfgNode) -> nn.Module:
             f"be a student; use one of {', '.join(known)}, or import the package that registers it."
         )
     return META_ARCH_REGISTRY.get(name)(cfg)
+
+
+def build_training_parts(
+    student: nn.Module,
+    *,
+    num_classes: int,
+    levels: Sequence[str],
+    teacher: Mapping[str, Any],
+    distance: Mapping[str, Any],
+) -> dict[str, nn.Module]:
+    """The teacher and the distillation term that fit a detector; see :func:`sssd.distill`.
+
+    Raises:
+        ValueError: when the detector cannot be wrapped, or for an option that is wrong.
+    """
+    channels, strides = pyramid_of(student, levels=list(levels))
+    check_calls_backbone(student)
+    # The student starts as it would without us: the other parts draw their initial weights from a
+    # copy of the random stream.
+    with forked_random_state():
+        return {
+            "teacher": LabelEncodingTeacher(
+                num_classes=num_classes or student_num_classes(student),
+                channels=channels,
+                strides=strides,
+                **teacher,
+            ),
+            "distillation": PyramidDistillation(channels=channels, **distance),
+        }
 
 
 def pyramid_of(student: nn.Module, levels: list[str]) -> tuple[int, dict[str, int]]:
@@ -74,6 +116,43 @@ def pyramid_of(student: nn.Module, levels: list[str]) -> tuple[int, dict[str, in
         )
     ordered = sorted(chosen.items(), key=lambda item: item[1].stride)
     return widths.pop(), {level: shape.stride for level, shape in ordered}
+
+
+class _Reached(Exception):
+    """The backbone is about to run."""
+
+
+def check_calls_backbone(student: nn.Module) -> None:
+    """Lets the detector look at a small picture, as far as its backbone.
+
+    Raises:
+        ValueError: when it detects without calling its backbone.
+    """
+
+    def stop(*args) -> None:
+        raise _Reached
+
+    channels = getattr(student, "pixel_mean", torch.zeros(3)).numel()
+    image = torch.zeros(channels, 64, 64, dtype=torch.uint8)
+    handle = student.backbone.register_forward_pre_hook(stop)
+    try:
+        with in_evaluation_mode(student), torch.no_grad():
+            student([{"image": image, "height": 64, "width": 64}])
+    except Exception:
+        # Reached, or the detector wants other inputs than Detectron2's; then the first iteration
+        # will show.
+        return
+    finally:
+        handle.remove()
+    raise ValueError(never_calls_backbone(student))
+
+
+def never_calls_backbone(student: nn.Module) -> str:
+    """The sentence for a student that has a backbone and does not use it."""
+    return (
+        f"{type(student).__name__} does not call its backbone as a module, so there is no pyramid "
+        "to distill; MODEL.SSSD.STUDENT must be a detector whose forward calls self.backbone(...)."
+    )
 
 
 def student_num_classes(student: nn.Module) -> int:

@@ -1,22 +1,34 @@
 """Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from ..losses import PyramidDistillation, ShareController
 from ..teacher import LabelEncodingTeacher, image_cells
-from .build import build_coefficient, build_phases, build_student, pyramid_of, student_num_classes
+from .build import (
+    build_coefficient,
+    build_phases,
+    build_student,
+    build_training_parts,
+    never_calls_backbone,
+)
 from .ground_truth import ground_truth_objects
-from .passes import captured_pyramid, forked_random_state, frozen, replayed_pyramid
+from .passes import (
+    AnchorMatching,
+    captured_pyramid,
+    forked_random_state,
+    frozen,
+    replayed_pyramid,
+)
 from .phases import Phases
 
-__all__ = ["SelfDistiller"]
+__all__ = ["SelfDistiller", "distill"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -80,37 +92,21 @@ class SelfDistiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         keys = cfg.MODEL.SSSD
         student = build_student(cfg)
-        channels, strides = pyramid_of(student, levels=list(keys.LEVELS))
-        # The student starts as it would without us: the other parts draw their initial weights
-        # from a copy of the random stream.
-        with forked_random_state():
-            return {
-                "student": student,
-                "teacher": LabelEncodingTeacher(
-                    num_classes=keys.NUM_CLASSES or student_num_classes(student),
-                    channels=channels,
-                    strides=strides,
-                    embed_dim=keys.TEACHER.EMBED_DIM,
-                    num_heads=keys.TEACHER.NUM_HEADS,
-                    add_context_box=keys.TEACHER.ADD_CONTEXT_BOX,
-                    detach_appearance=keys.TEACHER.DETACH_APPEARANCE,
-                    label_residual=keys.TEACHER.LABEL_RESIDUAL,
-                ),
-                "distillation": PyramidDistillation(
-                    channels=channels,
-                    distance=keys.DISTANCE.NAME,
-                    axis=keys.DISTANCE.AXIS,
-                    reduction=keys.DISTANCE.REDUCTION,
-                    level_reduction=keys.DISTANCE.LEVEL_REDUCTION,
-                    level_weights=keys.DISTANCE.LEVEL_WEIGHTS,
-                    temperature=keys.DISTANCE.TEMPERATURE,
-                    log_base=keys.DISTANCE.LOG_BASE,
-                    mask_padding=keys.DISTANCE.MASK_PADDING,
-                ),
-                "coefficient": build_coefficient(cfg),
-                "phases": build_phases(cfg),
-                "teacher_loss_weight": keys.TEACHER.LOSS_WEIGHT,
-            }
+        teacher = {name.lower(): value for name, value in keys.TEACHER.items()}
+        distance = {name.lower(): value for name, value in keys.DISTANCE.items()}
+        return {
+            "student": student,
+            "teacher_loss_weight": teacher.pop("loss_weight"),
+            **build_training_parts(
+                student,
+                num_classes=keys.NUM_CLASSES,
+                levels=keys.LEVELS,
+                teacher=teacher,
+                distance={"distance": distance.pop("name"), **distance},
+            ),
+            "coefficient": build_coefficient(cfg),
+            "phases": build_phases(cfg),
+        }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -120,30 +116,30 @@ class SelfDistiller(nn.Module):
         Returns:
             In evaluation, what the student returns. In training, a dict of scalar losses: the
             student's own under their own names, those of the teacher's pass with the prefix
-            "teacher_", and "loss_distill".
+            "teacher_", and "loss_distill". Without gradients (PreciseBN's passes, a validation
+            loss) the student's own losses alone: there is nothing to teach.
         """
         _refuse_export()
-        if not self.training:
+        if not self.training or not torch.is_grad_enabled():
             return self.student(batched_inputs)
 
         iteration = get_event_storage().iter
         objects = ground_truth_objects(batched_inputs, self.teacher.num_classes)
+        matching = AnchorMatching(self.student)
         with (
             captured_pyramid(self.student.backbone) as pyramid,
             frozen(self.bottom_up, self.phases.freezes_backbone(iteration)),
+            matching.recorded(),
         ):
             losses = dict(self.student(batched_inputs))
         if not pyramid:
-            raise RuntimeError(
-                f"{type(self.student).__name__} never called its backbone, so there is no pyramid "
-                "to distill; MODEL.SSSD.STUDENT must be a detector whose forward calls "
-                "self.backbone."
-            )
+            raise RuntimeError(never_calls_backbone(self.student))
 
         features = {level: pyramid[level] for level in self.teacher.strides}
         objects = objects.to(next(iter(features.values())).device)
         taught = self.teacher(features, objects)
-        teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
+        with matching.answered():
+            teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
 
         if not self.phases.distills(iteration):
             features = _detached(features)
@@ -203,12 +199,24 @@ class SelfDistiller(nn.Module):
 
     def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
         """Detection losses of the teacher's pyramid through the student's own heads."""
-        with (
-            replayed_pyramid(self.student, pyramid),
-            forked_random_state(self.device),
-            get_event_storage().name_scope("teacher"),
-        ):
-            losses = self.student(batched_inputs)
+        storage = get_event_storage()
+        try:
+            with (
+                replayed_pyramid(self.student, pyramid),
+                forked_random_state(self.device),
+                # Of its own, because pictures and histograms know no name scope.
+                EventStorage(storage.iter) as events,
+            ):
+                losses = self.student(batched_inputs)
+        except Exception as error:
+            bad = [level for level, x in pyramid.items() if not x.isfinite().all()]
+            if not bad:
+                raise
+            raise FloatingPointError(
+                f"The teacher's maps {', '.join(bad)} hold values that are infinite or NaN"
+            ) from error
+        for name, (value, _) in events.latest().items():
+            storage.put_scalar(f"teacher/{name}", value, events.smoothing_hints()[name])
         return {f"teacher_{name}": self.teacher_loss_weight * x for name, x in losses.items()}
 
     def _untouched(self, iteration: int) -> Tensor | float:
@@ -270,3 +278,48 @@ def _refuse_export(scripting: bool = False) -> None:
             "SelfDistiller is for training and evaluation; to trace, script or export, write the "
             "stock detector with tools/export_student.py and give that to Detectron2's own tools."
         )
+
+
+def distill(
+    student: nn.Module,
+    *,
+    coefficient: Callable[[int], float] | ShareController,
+    phases: Phases,
+    num_classes: int = 0,
+    levels: Sequence[str] = (),
+    teacher: Mapping[str, Any] | None = None,
+    distance: Mapping[str, Any] | None = None,
+    teacher_loss_weight: float = 1.0,
+) -> SelfDistiller:
+    """Wraps a detector that is already built: for LazyConfig and for training loops of one's own.
+
+    With yacs, ``MODEL.META_ARCHITECTURE: "SelfDistiller"`` does the same.
+
+    Args:
+        student: any detector with a ``backbone`` that returns a dict of maps of equal width.
+        coefficient: iteration -> weight of the distance (:func:`sssd.losses.coefficient_schedule`),
+            or a controller of its share.
+        phases: when the student learns from the distance, when its backbone is frozen.
+        num_classes: classes of the ground truth; 0 for the student's own.
+        levels: names of the pyramid levels to distill; empty for all.
+        teacher: options of :class:`sssd.teacher.LabelEncodingTeacher`.
+        distance: options of :class:`sssd.losses.PyramidDistillation`.
+        teacher_loss_weight: factor on the detection losses of the teacher's pass.
+
+    Raises:
+        ValueError: when the detector cannot be wrapped, with the reason, or an option is unknown.
+    """
+    parts = build_training_parts(
+        student,
+        num_classes=num_classes,
+        levels=levels,
+        teacher=teacher or {},
+        distance=distance or {},
+    )
+    return SelfDistiller(
+        student=student,
+        **parts,
+        coefficient=coefficient,
+        phases=phases,
+        teacher_loss_weight=teacher_loss_weight,
+    )

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.detectors import tiny_config
 
 # On unbuilt v0.6 even stock Detectron2 needs the compatibility layer; elsewhere nothing is used.
-PREAMBLE = "import sssd_compat; sssd_compat.apply()\n" if sssd_compat.apply() else ""
+PREAMBLE = "import sssd_compat; sssd_compat.apply()\n" if "extension" in sssd_compat.apply() else ""
 
 LOAD_STRICTLY = """
 import sys, torch
@@ -30,6 +30,19 @@ torch.set_num_threads(1)
 image = torch.load(sys.argv[3])
 with torch.no_grad():
     fields = model([{"image": image}])[0]["instances"].get_fields()
+fields["pred_boxes"] = fields["pred_boxes"].tensor
+torch.save(dict(fields), sys.argv[4])
+assert "sssd" not in sys.modules
+"""
+
+LOAD_LAZILY = """
+import sys, torch
+from detectron2.config import LazyConfig, instantiate
+model = instantiate(LazyConfig.load(sys.argv[1]).model).eval()
+model.load_state_dict(torch.load(sys.argv[2], weights_only=True)["model"], strict=True)
+torch.set_num_threads(1)
+with torch.no_grad():
+    fields = model([{"image": torch.load(sys.argv[3])}])[0]["instances"].get_fields()
 fields["pred_boxes"] = fields["pred_boxes"].tensor
 torch.save(dict(fields), sys.argv[4])
 assert "sssd" not in sys.modules
@@ -62,9 +75,13 @@ def run_stock(script, *args):
 
 @pytest.fixture
 def trained(tmp_path):
+    return train_and_save(tmp_path, tiny_config())
+
+
+def train_and_save(tmp_path, cfg):
     """A checkpoint of a SelfDistiller with moved weights, and its config beside it."""
     torch.manual_seed(0)
-    cfg = tiny_config("OUTPUT_DIR", str(tmp_path / "run"))
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
     model = build_model(cfg)
     for parameter in model.parameters():
         parameter.data.add_(0.01 * torch.randn_like(parameter))
@@ -126,3 +143,30 @@ def test_export_refuses_what_does_not_fit(trained):
     with pytest.raises(CheckpointError, match="belongs to another architecture"):
         export_student(str(run / "model_final.pth"), str(run / "other.yaml"), str(folder / "o"))
     assert not (folder / "o" / "model.pth").exists()
+
+
+@pytest.mark.parametrize(("block", "distilled"), [("p5", True), ("", False)])
+def test_fcos_is_exported_as_a_lazy_config(tmp_path, block, distilled):
+    model, _ = train_and_save(
+        tmp_path,
+        tiny_config(
+            "MODEL.SSSD.FCOS.SCORE_THRESH_TEST", 0.0, "MODEL.SSSD.FCOS.TOP_BLOCK_IN_FEATURE", block,
+            detector="fcos", distilled=distilled,
+        ),
+    )  # fmt: skip
+    run, output = tmp_path / "run", tmp_path / "student"
+    path = export_student(str(run / "model_final.pth"), str(run / "config.yaml"), str(output))
+    assert path == str(output / "lazy_config.yaml")
+    assert sorted(p.name for p in output.iterdir()) == ["lazy_config.yaml", "model.pth"]
+    image = torch.rand(3, 64, 96) * 255
+    torch.save(image, tmp_path / "image.pth")
+    out = tmp_path / "out.pth"
+    run_stock(LOAD_LAZILY, path, output / "model.pth", tmp_path / "image.pth", out)
+    assert_same(torch.load(out), detections(model, image))
+
+    # What is exported can be exported again: a LazyConfig is read as well.
+    again = export_student(str(output / "model.pth"), path, str(tmp_path / "again"))
+    assert (tmp_path / "again" / "lazy_config.yaml").read_text() == (
+        output / "lazy_config.yaml"
+    ).read_text()
+    assert again.endswith("lazy_config.yaml")

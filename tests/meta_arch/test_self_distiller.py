@@ -5,21 +5,10 @@ import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sssd.meta_arch.ground_truth import CROWD_FIELDS, ground_truth_objects
-from tests.detectors import tiny_config, training_batch, training_input
-
-
-def build(cfg, seed=0):
-    torch.manual_seed(seed)
-    return build_model(cfg).train()
-
-
-def losses_at(model, iteration=0, batch=None):
-    with EventStorage(iteration) as storage:
-        return model(batch or training_batch()), storage
+from tests.detectors import build, losses_at, tiny_config, train, training_batch, training_input
 
 
 def grads(model_part):
@@ -66,15 +55,6 @@ def test_teacher_loss_weight_scales_the_teacher_losses():
 
 
 # ---- Distillation off equals plain Detectron2 ----
-
-
-def train(cfg, steps=20, seed=1):
-    torch.manual_seed(seed)
-    model = build_model(cfg)
-    batches = [training_batch(i % 5) for i in range(steps)]
-    trainer = SimpleTrainer(model, batches, build_optimizer(cfg, model))
-    trainer.train(0, steps)
-    return model
 
 
 def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit():
