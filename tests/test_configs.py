@@ -1,19 +1,39 @@
 """Every config file builds what its name says."""
 
+import copy
+
 import pytest
 import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import EventStorage
 
-from sssd.engine import load_config
+from sssd.data import CheckedDatasetMapper
+from sssd.engine import build_optimizer, load_config
 from sssd.engine.export import stock_config
-from sssd.meta_arch.build import build_phases
+from sssd.meta_arch.build import build_coefficient, build_phases
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
-PLAIN = [path for path in CONFIGS if not path.stem.endswith("_sssd")]
-DISTILLED = [path for path in CONFIGS if path.stem.endswith("_sssd")]
+BY_DATASET = ("BCCD", "Demo")  # plain and distilled side by side; the others are by method
+
+
+def is_plain(path):
+    return path.parent.name == "Plain" or (
+        path.parent.name in BY_DATASET and not path.stem.endswith("_sssd")
+    )
+
+
+PLAIN = [path for path in CONFIGS if is_plain(path)]
+DISTILLED = [path for path in CONFIGS if not is_plain(path)]
+
+
+def plain_twin(path):
+    if path.parent.name in BY_DATASET:
+        return path.with_name(path.name.replace("_sssd", ""))
+    return path.parent.parent / "Plain" / path.name
 
 
 def name(path):
@@ -24,13 +44,14 @@ def name(path):
 def test_plain_configs_are_stock_detectron2(path):
     cfg = get_cfg()
     cfg.merge_from_file(str(path), allow_unsafe=False)
-    assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    stock = {"faster": "GeneralizedRCNN", "mask": "GeneralizedRCNN", "cascade": "GeneralizedRCNN"}
+    of_name = {**stock, "retinanet": "RetinaNet", "fcos": "Detectron2FCOS"}
+    assert of_name[path.stem.split("_")[0]] == cfg.MODEL.META_ARCHITECTURE
 
 
 @pytest.mark.parametrize("path", DISTILLED, ids=name)
-def test_distilled_configs_differ_from_the_plain_one_beside_them_in_the_method_only(path):
-    cfg = load_config(str(path))
-    plain = load_config(str(path.with_name(path.name.replace("_sssd", ""))))
+def test_distilled_configs_differ_from_their_plain_twin_in_the_method_only(path):
+    cfg, plain = load_config(str(path)), load_config(str(plain_twin(path)))
     assert cfg.MODEL.META_ARCHITECTURE == "SelfDistiller"
     a, b = stock_config(cfg), stock_config(plain)
     for c in (a, b):
@@ -54,14 +75,105 @@ def test_every_config_builds(path):
         assert META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg).state_dict()
 
 
-def test_the_2x_recipe_is_the_published_one():
-    cfg = load_config(str(REPOSITORY / "configs/COCO/faster_rcnn_R_50_FPN_2x_sssd.yaml"))
+def test_every_method_has_every_detector_backbone_and_schedule():
+    for method in ("Plain", "LGD", "LGD_stepwise", "SSSD", "SSSD_fixed"):
+        for detector in ("faster_rcnn", "retinanet", "fcos"):
+            for rest in ("R_50_FPN_1x", "R_50_FPN_2x", "R_101_FPN_1x", "R_101_FPN_2x"):
+                assert REPOSITORY / "configs" / method / f"{detector}_{rest}.yaml" in CONFIGS
+
+
+# The switches of LGD's published configs: context box, detached appearance, last iterations
+# without distillation.
+LGD = {
+    "faster_rcnn_R_50_FPN_2x": (False, True, 0),
+    "faster_rcnn_R_101_FPN_2x": (False, True, 0),
+    "faster_rcnn_R_101_DCN_FPN_2x": (False, True, 0),
+    "faster_rcnn_X_101_DCN_FPN_2x": (False, True, 50000),
+    "retinanet_R_50_FPN_2x": (True, False, 0),
+    "retinanet_R_101_FPN_2x": (True, False, 0),
+    "retinanet_R_101_DCN_FPN_2x": (True, False, 0),
+    "retinanet_X_101_DCN_FPN_2x": (True, False, 50000),
+    "fcos_R_50_FPN_2x": (False, False, 0),
+    "fcos_R_101_FPN_2x": (True, False, 0),
+    "fcos_R_101_DCN_FPN_2x": (True, False, 50000),
+    "fcos_X_101_DCN_FPN_2x": (True, False, 50000),
+}
+
+
+@pytest.mark.parametrize("recipe", LGD)
+@pytest.mark.parametrize("method", ["LGD", "LGD_stepwise", "SSSD", "SSSD_fixed"])
+def test_the_2x_recipes_are_the_published_ones(method, recipe):
+    path = REPOSITORY / "configs" / method / f"{recipe}.yaml"
+    if not path.exists():
+        assert "DCN" in recipe and method != "SSSD"
+        return
+    cfg = load_config(str(path))
     solver, sssd = cfg.SOLVER, cfg.MODEL.SSSD
+    base_lr = 0.02 if "faster" in recipe else 0.01
     assert (solver.MAX_ITER, solver.STEPS, solver.IMS_PER_BATCH) == (180000, (120000, 160000), 16)
-    assert (solver.BASE_LR, solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.02, 0.9, 1e-4)
+    assert base_lr == solver.BASE_LR
+    assert (solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.9, 1e-4)
     assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (1000, 1e-3)
     assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == ("value", 1.0)
     assert cfg.INPUT.MIN_SIZE_TRAIN == (640, 672, 704, 736, 768, 800)
-    phases = build_phases(cfg)
+    phases, coefficient = build_phases(cfg), build_coefficient(cfg)
     assert (phases.no_distill_iters, phases.freeze_backbone_iters) == (30000, 20000)
-    assert sssd.COEFFICIENT.VALUES[0] == 75.0 and sssd.DISTANCE.NAME == "js"
+    assert (
+        sssd.TEACHER.ADD_CONTEXT_BOX,
+        sssd.TEACHER.DETACH_APPEARANCE,
+        phases.distill_off_iters,
+    ) == LGD[recipe]
+    around_step = (coefficient(119_999), coefficient(120_000))
+    if method.startswith("LGD"):
+        assert sssd.DISTANCE.NAME == "mse" and sssd.DISTANCE.LEVEL_REDUCTION == "elements"
+        assert not sssd.DISTANCE.MASK_PADDING
+        assert around_step == pytest.approx((1.0, 1.0 if method == "LGD" else 4 / 3))
+    else:
+        assert sssd.DISTANCE.NAME == "js" and sssd.DISTANCE.MASK_PADDING
+        assert around_step == ((75.0, 75.0) if method == "SSSD_fixed" else (75.0, 100.0))
+
+
+# ---- One iteration and one detection on a real picture ----
+
+SHRUNK = [
+    "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0,
+    "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+    "MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.STRIDE_IN_1X1", False,
+    "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.FC_DIM", 64,
+    "INPUT.MIN_SIZE_TRAIN", (128,), "INPUT.MAX_SIZE_TRAIN", 192, "SOLVER.IMS_PER_BATCH", 2,
+    "SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 0, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 100,
+]  # fmt: skip
+DEFORMABLE = [*SHRUNK, "MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+COMBINATIONS = [p for p in CONFIGS if p.stem.endswith("R_50_FPN_2x")] + [
+    p for p in CONFIGS if p.parent.name == "SSSD" and "101_DCN" in p.stem
+]
+
+
+@pytest.fixture(scope="module")
+def real_pictures(datasets_root):
+    records = DatasetCatalog.get("coco_2017_train")
+    return [r for r in records if 2 <= len(r["annotations"]) <= 8][:2]
+
+
+@pytest.mark.parametrize("path", COMBINATIONS, ids=name)
+def test_every_method_trains_and_detects_with_every_detector(path, real_pictures):
+    cfg = load_config(str(path), DEFORMABLE if "DCN" in path.stem else SHRUNK)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    batch = [mapper(copy.deepcopy(record)) for record in real_pictures]
+    before = {k: v.clone() for k, v in model.named_parameters() if v.dim() == 4}
+    # after the phases, so that the distance trains the student and nothing is frozen
+    with EventStorage(cfg.SOLVER.MAX_ITER // 2):
+        losses = model(batch)
+        sum(losses.values()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert ("loss_distill" in losses) is not is_plain(path)
+    after = dict(model.named_parameters())
+    assert [k for k, v in before.items() if torch.equal(v, after[k])] == []
+    with torch.no_grad():
+        (found,) = model.eval()([{k: v for k, v in batch[0].items() if k != "instances"}])
+    assert found["instances"].image_size == (real_pictures[0]["height"], real_pictures[0]["width"])

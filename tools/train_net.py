@@ -16,18 +16,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from sssd.data import AnnotationError, ImageError
-from sssd.engine import Checkpointer, CheckpointError, Trainer, setup
-
-# What the user can mend, said in one sentence each: no traceback is needed.
-USER_ERRORS = (
-    AnnotationError,
-    CheckpointError,
-    FileNotFoundError,
-    FloatingPointError,
-    ImageError,
-    ValueError,
-)
+from sssd.engine import USER_ERRORS, Checkpointer, Trainer, setup
 
 
 def main(args: argparse.Namespace):

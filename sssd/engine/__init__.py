@@ -7,16 +7,18 @@ from .checkpoint import Checkpointer, CheckpointError
 from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
 from .optimizer import build_optimizer, hold_frozen_backbone, optimizer_params
-from .setup import load_config, setup
+from .setup import USER_ERRORS, describe_distillation, load_config, setup
 from .trainer import Trainer
 
 __all__ = [
+    "USER_ERRORS",
     "BestCheckpointer",
     "CheckpointError",
     "Checkpointer",
     "DistillationMetrics",
     "Trainer",
     "build_optimizer",
+    "describe_distillation",
     "export_student",
     "hold_frozen_backbone",
     "load_config",

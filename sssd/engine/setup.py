@@ -13,14 +13,24 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..config import add_sssd_config
-from ..data import check_dataset, is_coco_style
+from ..data import AnnotationError, ImageError, check_dataset, is_coco_style
 from ..meta_arch import SelfDistiller
 from ..meta_arch.build import student_num_classes
 from .checkpoint import CheckpointError
 
-__all__ = ["check_datasets", "describe_distillation", "load_config", "setup"]
+__all__ = ["USER_ERRORS", "check_datasets", "describe_distillation", "load_config", "setup"]
 
 logger = logging.getLogger("sssd")
+
+# What the user can mend, said in one sentence each: scripts print it without a traceback.
+USER_ERRORS = (
+    AnnotationError,
+    CheckpointError,
+    FileNotFoundError,
+    FloatingPointError,
+    ImageError,
+    ValueError,
+)
 
 # Keys of MODEL in which a resumed run may differ from the run that it continues.
 _FREE_ON_RESUME = ("MODEL.WEIGHTS", "MODEL.DEVICE")
@@ -106,18 +116,18 @@ def check_datasets(cfg: CfgNode, model: nn.Module) -> None:
             logger.info(report.summary())
 
 
-def describe_distillation(model: SelfDistiller, cfg: CfgNode) -> str:
+def describe_distillation(model: SelfDistiller) -> str:
     """One line: what is distilled, from which iteration on, with which coefficient."""
-    phases, keys = model.phases, cfg.MODEL.SSSD
+    phases = model.phases
     options = model.training_parts["distillation"].options
     first, last = phases.no_distill_iters, phases.max_iter - phases.distill_off_iters
     if model.schedule is None:
-        coefficient = f"held at {keys.COEFFICIENT.SHARE:.0%} of the total loss"
+        share = model.training_parts["coefficient"].share
+        coefficient = f"held at {share:.0%} of the total loss"
     else:
         coefficient = ", ".join(
             f"{model.schedule(i):g} from iteration {i}" for i in _changes(model.schedule, phases)
         )
-        coefficient = f"{keys.COEFFICIENT.SCHEDULE} ({coefficient})"
     frozen = phases.freeze_backbone_iters
     return (
         f"Self-distillation of {type(model.student).__name__}: levels "

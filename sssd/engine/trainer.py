@@ -80,7 +80,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> OrderedDict | None:
         if isinstance(self.checkpointer.model, SelfDistiller):
-            logger.info(describe_distillation(self.checkpointer.model, self.cfg))
+            logger.info(describe_distillation(self.checkpointer.model))
         return super().train()
 
     def run_step(self) -> None:

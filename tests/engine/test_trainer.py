@@ -263,11 +263,11 @@ def test_the_line_at_the_start_says_what_is_distilled(config):
         "SOLVER.STEPS", (60,), "SOLVER.MAX_ITER", 90, "MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 15,
         "MODEL.SSSD.PHASES.DISTILL_OFF_ITERS", 5, "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 10,
     )  # fmt: skip
-    line = describe_distillation(build_model(cfg), cfg)
+    line = describe_distillation(build_model(cfg))
     assert line == (
         "Self-distillation of GeneralizedRCNN: levels p2, p3, p4, p5, p6, distance js (channel, "
-        "element_mean), gradient to the student in iterations 15 to 85 of 90, coefficient step "
-        "(75 from iteration 0, 100 from iteration 60), backbone frozen until iteration 10."
+        "element_mean), gradient to the student in iterations 15 to 85 of 90, coefficient 75 from "
+        "iteration 0, 100 from iteration 60, backbone frozen until iteration 10."
     )
 
 

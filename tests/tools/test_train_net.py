@@ -147,7 +147,7 @@ def test_coco_r50_trains_resumes_and_evaluates_on_real_images(datasets_root, tmp
     def run(*args):
         result = call(
             [REPOSITORY / "tools/train_net.py"],
-            "--config-file", REPOSITORY / "configs/COCO/faster_rcnn_R_50_FPN_2x_sssd.yaml",
+            "--config-file", REPOSITORY / "configs/SSSD/faster_rcnn_R_50_FPN_2x.yaml",
             *args, env={"DETECTRON2_DATASETS": str(datasets_root), "OMP_NUM_THREADS": "2"},
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]

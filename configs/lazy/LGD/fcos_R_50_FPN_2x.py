@@ -1,0 +1,9 @@
+from ..common.data import dataloader
+from ..common.methods import lgd
+from ..common.models import fcos
+from ..common.schedules import lr_multiplier_2x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_2x as train
+
+model = lgd(fcos, train.max_iter, [120000, 160000], detach_appearance=False)
+optimizer.lr = 0.01

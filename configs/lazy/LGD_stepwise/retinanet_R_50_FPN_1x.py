@@ -1,0 +1,11 @@
+from ..common.data import dataloader
+from ..common.methods import lgd_stepwise
+from ..common.models import retinanet
+from ..common.schedules import lr_multiplier_1x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_1x as train
+
+model = lgd_stepwise(
+    retinanet, train.max_iter, [60000, 80000], add_context_box=True, detach_appearance=False
+)
+optimizer.lr = 0.01
