@@ -97,6 +97,11 @@ def add_sssd_config(cfg: CN) -> None:
     # Weight decay of the teacher; negative for SOLVER.WEIGHT_DECAY.
     cfg.MODEL.SSSD.SOLVER.TEACHER_WEIGHT_DECAY = -1.0
 
+    cfg.MODEL.SSSD.TEST = CN()
+    # Evaluate the teacher's pyramid, too: the same heads with the ground truth in hand. It is a
+    # diagnostic, takes as long again, and is reported as teacher_with_ground_truth/...
+    cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH = False
+
     # ---- Detectron2's FCOS, built by META_ARCHITECTURE or STUDENT "Detectron2FCOS" ----
     # (Other packages own MODEL.FCOS. The defaults are those of Detectron2's own FCOS config.)
     cfg.MODEL.SSSD.FCOS = CN()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..data import CheckedDatasetMapper
-from ..evaluation import FastCOCOEvaluator
+from ..evaluation import FastCOCOEvaluator, evaluate_teacher
+from ..evaluation.teacher import PREFIX as TEACHER
 from ..meta_arch import SelfDistiller
 from .checkpoint import Checkpointer
 from .hooks import BestCheckpointer, DistillationMetrics
@@ -61,6 +62,18 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
         output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
         return FastCOCOEvaluator(dataset_name, output_dir=output_dir)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        results = super().test(cfg, model, evaluators)
+        model = getattr(model, "module", model)
+        if not isinstance(model, SelfDistiller) or not cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH:
+            return results
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", TEACHER)
+        of_teacher = evaluate_teacher(cfg, model, lambda x: cls.build_evaluator(cfg, x, folder))
+        if len(cfg.DATASETS.TEST) == 1:
+            return {**results, **of_teacher[cfg.DATASETS.TEST[0]]}
+        return {name: {**results[name], **of_teacher[name]} for name in results}
 
     def build_hooks(self) -> list:
         # DefaultTrainer makes its checkpointer just before its hooks, which keep a reference.

@@ -1,8 +1,9 @@
-"""Evaluators: COCO average precision, with the fast implementation where it is installed."""
+"""Evaluation: COCO average precision, and the teacher with ground truth as a diagnostic."""
 
 from .. import _detectron2  # noqa: F401
 
 # isort: split
 from sssd.evaluation.coco import FastCOCOEvaluator
+from sssd.evaluation.teacher import evaluate_teacher, ground_truth_mapper
 
-__all__ = ["FastCOCOEvaluator"]
+__all__ = ["FastCOCOEvaluator", "evaluate_teacher", "ground_truth_mapper"]

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -5,10 +6,13 @@ import os
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 
+from sssd import SelfDistiller
 from sssd.engine import CheckpointError, Trainer
 from sssd.engine.setup import check_resumed_config, describe_distillation
+from sssd.evaluation import ground_truth_mapper
 from tests.coco_files import register_coco
 from tests.detectors import tiny_config
 
@@ -278,3 +282,30 @@ def test_plain_detectors_train_with_the_same_trainer(config):
     assert "sssd" not in checkpoint
     assert not any("distill" in key for line in metrics(cfg) for key in line)
     assert math.isfinite(trainer._last_eval_results["bbox"]["AP"])
+
+
+def test_the_teacher_is_evaluated_with_ground_truth_under_a_name_of_its_own(config):
+    cfg = config("MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH", True)
+    run(cfg)
+    line = next(x for x in reversed(metrics(cfg)) if "bbox/AP" in x)
+    assert {"bbox/AP", "teacher_with_ground_truth/bbox/AP"} <= set(line)
+    # It is the teacher's pyramid that is evaluated, on every picture, and with its objects.
+    model = build_model(cfg)
+    seen = []
+    model.detect_from_teacher = lambda inputs: (
+        seen.append(len(inputs[0]["instances"])),
+        SelfDistiller.detect_from_teacher(model, inputs),
+    )[1]
+    results = Trainer.test(cfg, model)
+    assert {"bbox", "teacher_with_ground_truth/bbox"} <= results.keys()
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    assert seen == [len(record["annotations"]) for record in records]
+
+
+def test_the_mapper_with_ground_truth_resizes_as_at_test_time(config):
+    cfg = config("INPUT.MIN_SIZE_TEST", 48)
+    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    kept = ground_truth_mapper(cfg)(copy.deepcopy(record))
+    dropped = DatasetMapper(cfg, is_train=False)(copy.deepcopy(record))
+    assert torch.equal(kept["image"], dropped["image"])
+    assert len(kept["instances"]) == len(record["annotations"]) and "instances" not in dropped
