@@ -67,7 +67,8 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         results = super().test(cfg, model, evaluators)
         model = getattr(model, "module", model)
-        if not isinstance(model, SelfDistiller) or not cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH:
+        distilled = isinstance(model, SelfDistiller)
+        if not distilled or not cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH:
             return results
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", TEACHER)
         of_teacher = evaluate_teacher(cfg, model, lambda x: cls.build_evaluator(cfg, x, folder))
