@@ -60,6 +60,9 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.DISTANCE.TEMPERATURE = 1.0
     # Base of the logarithm; 2 bounds the Jensen-Shannon distance by 1.
     cfg.MODEL.SSSD.DISTANCE.LOG_BASE = 2.0
+    # Normalisation of both pyramids before the distance: "instance" (LGD; the published
+    # coefficients assume it) or "layer" (LabelEnc).
+    cfg.MODEL.SSSD.DISTANCE.NORM = "instance"
     # Leave the padded cells of a batch out of the distance (LGD counts them).
     cfg.MODEL.SSSD.DISTANCE.MASK_PADDING = True
 

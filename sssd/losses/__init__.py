@@ -10,9 +10,12 @@ from .coefficient import (
 )
 from .distillation import PyramidAdapter, PyramidDistillation
 from .divergence import js_distance, js_divergence, kl_divergence, log_probabilities, mse
-from .pyramid import instance_norm, pyramid_distance
+from .normalisation import instance_norm, layer_norm
+from .pyramid import DISTANCES, Distance, pyramid_distance
 
 __all__ = [
+    "DISTANCES",
+    "Distance",
     "PyramidAdapter",
     "PyramidDistillation",
     "ShareController",
@@ -23,6 +26,7 @@ __all__ = [
     "js_distance",
     "js_divergence",
     "kl_divergence",
+    "layer_norm",
     "linear_coefficient",
     "log_probabilities",
     "mse",

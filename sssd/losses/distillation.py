@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .pyramid import Pyramid, check_options, check_pyramids, instance_norm, pyramid_distance
+from .normalisation import NORMS
+from .pyramid import Pyramid, check_choice, check_options, check_pyramids, pyramid_distance
 
 __all__ = ["PyramidAdapter", "PyramidDistillation"]
 
@@ -27,10 +28,11 @@ class PyramidAdapter(nn.Sequential):
 
 
 class PyramidDistillation(nn.Module):
-    """Distance of InstanceNorm(adapter(student)) from InstanceNorm(teacher without gradient).
+    """Distance of norm(adapter(student)) from norm(teacher without gradient).
 
-    The published coefficients assume both normalisations and the adapter on the student's side
-    only. The result is raw: the coefficient is applied by the caller.
+    The published coefficients of LGD and SSSD assume instance normalisation on both sides, those
+    of LabelEnc layer normalisation, and all an adapter on the student's side only. The result is
+    raw: the coefficient is applied by the caller.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class PyramidDistillation(nn.Module):
         temperature: float = 1.0,
         log_base: float = 2.0,
         mask_padding: bool = True,
+        norm: str = "instance",
     ) -> None:
         """
         Args:
             channels: width C of the pyramid.
             mask_padding: leave the padded cells of the batch out of normalisation and distance.
+            norm: "instance" (LGD, SSSD) or "layer" (LabelEnc).
             others: see :func:`sssd.losses.pyramid_distance`.
 
         Raises:
@@ -58,6 +62,8 @@ class PyramidDistillation(nn.Module):
         super().__init__()
         self.adapter = PyramidAdapter(channels)
         self.mask_padding = mask_padding
+        check_choice("norm", norm, NORMS)
+        self.norm = norm
         self.options = {
             "distance": distance,
             "axis": axis,
@@ -90,7 +96,7 @@ class PyramidDistillation(nn.Module):
 
         def normalise(maps: Pyramid) -> dict[str, Tensor]:
             return {
-                level: instance_norm(x, None if masks is None else masks[level])
+                level: NORMS[self.norm](x, None if masks is None else masks[level])
                 for level, x in maps.items()
             }
 
@@ -99,5 +105,5 @@ class PyramidDistillation(nn.Module):
         return pyramid_distance(adapted, target, masks=masks, **self.options)
 
     def extra_repr(self) -> str:
-        options = {**self.options, "mask_padding": self.mask_padding}
+        options = {**self.options, "mask_padding": self.mask_padding, "norm": self.norm}
         return ", ".join(f"{k}={v}" for k, v in options.items())

@@ -5,7 +5,8 @@ N: images, C: channels, H, W: height and width of a level, P: levels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +16,38 @@ from .divergence import check_scales, js_divergence, kl_divergence, mse, stable_
 __all__ = [
     "AXES",
     "DISTANCES",
+    "Distance",
     "LEVEL_REDUCTIONS",
     "REDUCTIONS",
+    "check_choice",
     "check_options",
     "check_pyramids",
-    "instance_norm",
     "pyramid_distance",
 ]
 
-DISTANCES = ("js", "kl", "mse")
+
+class Distance(NamedTuple):
+    """What DISTANCES holds."""
+
+    divergence: Callable[..., Tensor]
+    """Called with the values of student and teacher and the keywords ``dim``, ``temperature``,
+    ``log_base`` and ``mask`` (bool, broadcastable; None when all count). Returns what it sums over
+    ``dim``."""
+    root: bool
+    """Whether the distance is the root of the divergence."""
+
+
+# Name -> distance. One of your own becomes available to configs by adding it here.
+DISTANCES: dict[str, Distance] = {
+    "js": Distance(js_divergence, root=True),
+    "kl": Distance(
+        lambda student, teacher, **kw: kl_divergence(teacher, student, **kw), root=False
+    ),
+    "mse": Distance(
+        lambda student, teacher, dim, **_: mse(student, teacher, dim=dim, reduction="none"),
+        root=False,
+    ),
+}
 AXES = ("channel", "spatial", "flatten")
 REDUCTIONS = ("element_mean", "per_distribution")
 LEVEL_REDUCTIONS = ("mean", "sum", "elements")
@@ -54,8 +78,8 @@ def pyramid_distance(
 
     Args:
         student, teacher: pyramids with the same keys and shapes. No gradient is stopped here.
-        distance: "js" (root of the Jensen-Shannon divergence), "kl" (KL(teacher || student),
-            no root) or "mse" (squared difference, no softmax, no root).
+        distance: a name in DISTANCES: "js" (root of the Jensen-Shannon divergence), "kl"
+            (KL(teacher || student), no root), "mse" (squared difference, no softmax, no root).
         axis: what one distribution is: "channel", the C values at a position; "spatial", the
             H x W values of a channel; "flatten", all values of a level of an image.
         reduction: "element_mean", the divergence averaged over all elements of the level, then
@@ -148,15 +172,11 @@ def _level_distance(
         "mask": None if axis == "channel" else mask,
     }
 
-    if distance == "js":
-        divergence = js_divergence(student, teacher, **softmax)
-    elif distance == "kl":
-        divergence = kl_divergence(teacher, student, **softmax)
-    else:
-        divergence = mse(student, teacher, dim=dim, reduction="none")
+    chosen = DISTANCES[distance]
+    divergence = chosen.divergence(student, teacher, **softmax)
 
     def root(x: Tensor) -> Tensor:
-        return stable_root(x) if distance == "js" else x
+        return stable_root(x) if chosen.root else x
 
     if reduction == "element_mean":
         return root(divergence.sum() / num_elements), num_elements
@@ -165,31 +185,6 @@ def _level_distance(
         # Those with any cell on an image.
         num_distributions = mask.any(dim).expand_as(divergence).sum().clamp(min=1)
     return root(divergence).sum() / num_distributions, num_elements
-
-
-def instance_norm(x: Tensor, mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Normalises each channel of each image to zero mean and unit variance over its cells.
-
-    As ``torch.nn.functional.instance_norm``, with two differences that distillation needs: padded
-    cells do not count, and a level of a single cell gives 0 where PyTorch raises.
-
-    Args:
-        x: (N, C, H, W). Computed in float32 or wider.
-        mask: bool (N, H, W), False on padded cells (their output is finite but meaningless).
-
-    Returns:
-        (N, C, H, W), float32 or wider.
-    """
-    x = x if x.dtype == torch.float64 else x.float()
-    if mask is None:
-        variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-    else:
-        mask = mask[:, None]
-        x = x.masked_fill(~mask, 0)
-        count = mask.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-        mean = x.sum(dim=(2, 3), keepdim=True) / count
-        variance = ((x - mean).square() * mask).sum(dim=(2, 3), keepdim=True) / count
-    return (x - mean) * torch.rsqrt(variance + eps)
 
 
 def check_options(
@@ -203,10 +198,10 @@ def check_options(
     log_base: float,
 ) -> None:
     """Raises ValueError for options that :func:`pyramid_distance` does not take."""
-    _check_choice("distance", distance, DISTANCES)
-    _check_choice("axis", axis, AXES)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("level_reduction", level_reduction, LEVEL_REDUCTIONS)
+    check_choice("distance", distance, DISTANCES)
+    check_choice("axis", axis, AXES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("level_reduction", level_reduction, LEVEL_REDUCTIONS)
     for weight in level_weights:
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(
@@ -220,7 +215,8 @@ def check_options(
     check_scales(temperature=temperature, log_base=log_base)
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError for a name that is not among the choices."""
     if value not in choices:
         raise ValueError(f"Unknown {name} {value!r}; use one of {', '.join(choices)}.")
 

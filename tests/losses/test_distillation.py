@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sssd.losses import PyramidAdapter, PyramidDistillation, pyramid_distance
+from sssd.losses import (
+    DISTANCES,
+    Distance,
+    PyramidAdapter,
+    PyramidDistillation,
+    pyramid_distance,
+)
 from tests.losses import pyramids
 
 SIZES = {"lateral0": (8, 12), "lateral1": (4, 6), "extra": (2, 3)}
@@ -212,3 +218,31 @@ def test_pyramids_must_match():
 def test_the_printed_module_tells_its_options():
     text = repr(distillation(distance="kl", mask_padding=False))
     assert "distance=kl" in text and "mask_padding=False" in text
+
+
+def test_layer_norm_instead_of_instance_norm():
+    student, teacher = pyramid(seed=0), pyramid(seed=1)
+    module = distillation(distance="mse", level_reduction="elements", norm="layer")
+
+    def flat(maps):
+        return torch.cat([F.group_norm(x, 1).flatten() for x in maps.values()])
+
+    adapted = {level: module.adapter(x) for level, x in student.items()}
+    expected = F.mse_loss(flat(adapted), flat(teacher))
+    assert module(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"Unknown norm 'batch'; use one of instance, layer"):
+        distillation(norm="batch")
+
+
+def test_a_distance_of_ones_own(monkeypatch):
+    def hellinger(student, teacher, *, dim, temperature, log_base, mask):
+        p, q = ((x / temperature).softmax(dim) for x in (student, teacher))
+        return 0.5 * (p.sqrt() - q.sqrt()).square().sum(dim)
+
+    monkeypatch.setitem(DISTANCES, "hellinger", Distance(hellinger, root=True))
+    a = {"p": torch.tensor([[1e-30, 1.0], [1.0, 1e-30]]).log()[None, :, None]}  # (1, 2, 1, 2)
+    b = {"p": a["p"].flip(1)}  # disjoint distributions at both positions: the distance is 1
+    value = pyramid_distance(a, b, distance="hellinger", reduction="per_distribution")
+    assert value.item() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="use one of js, kl, mse, hellinger"):
+        pyramid_distance(a, b, distance="other")
