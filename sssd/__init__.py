@@ -14,12 +14,12 @@ if find_spec("detectron2") is not None:
     sssd_compat.apply()  # before anything of Detectron2's layers or data is imported
     from . import data  # noqa: F401  (registers the datasets)
     from .config import add_sssd_config
-    from .meta_arch import Phases, SelfDistiller, distill
+    from .meta_arch import TEACHER_REGISTRY, Phases, SelfDistiller, distill
 
-    __all__ = ["Phases", "SelfDistiller", "add_sssd_config", "distill"]
+    __all__ = ["Phases", "SelfDistiller", "TEACHER_REGISTRY", "add_sssd_config", "distill"]
 else:
 
     def __getattr__(name: str):
-        if name in ("Phases", "SelfDistiller", "add_sssd_config", "distill"):
+        if name in ("Phases", "SelfDistiller", "TEACHER_REGISTRY", "add_sssd_config", "distill"):
             sssd_compat.require_detectron2()
         raise AttributeError(f"module 'sssd' has no attribute {name!r}")

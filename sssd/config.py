@@ -26,6 +26,15 @@ def add_sssd_config(cfg: CN) -> None:
 
     # ---- The training-only branch that turns labels and maps into the second pyramid ----
     cfg.MODEL.SSSD.TEACHER = CN()
+    # Registered name of the teacher: "label_encoding" (LGD, SSSD; its options follow) or
+    # "label_map" (LabelEnc; options under MODEL.SSSD.LABEL_MAP).
+    cfg.MODEL.SSSD.TEACHER.NAME = "label_encoding"
+    # Leave the teacher as it is, without a pass of its own through the heads (LabelEnc's step 2).
+    cfg.MODEL.SSSD.TEACHER.FROZEN = False
+    # Checkpoint of LabelEnc's step 1, from which step 2 takes teacher, FPN and heads.
+    cfg.MODEL.SSSD.TEACHER.WEIGHTS = ""
+    # Factor on the detection losses of the teacher's pass.
+    cfg.MODEL.SSSD.TEACHER.LOSS_WEIGHT = 1.0
     # Width of the object embeddings; 0 for the pyramid's width.
     cfg.MODEL.SSSD.TEACHER.EMBED_DIM = 0
     # Attention heads among the objects of an image.
@@ -38,8 +47,10 @@ def add_sssd_config(cfg: CN) -> None:
     # Add each object's own label embedding to what its appearance attends to. Not in LGD, whose
     # objects find their labels by attention alone; that takes longer than a short schedule has.
     cfg.MODEL.SSSD.TEACHER.LABEL_RESIDUAL = False
-    # Factor on the detection losses of the teacher's pass.
-    cfg.MODEL.SSSD.TEACHER.LOSS_WEIGHT = 1.0
+
+    cfg.MODEL.SSSD.LABEL_MAP = CN()
+    # Draw half of the objects paler in training (LabelEnc's step 1).
+    cfg.MODEL.SSSD.LABEL_MAP.AUGMENT_SCALES = False
 
     # ---- The distance between the two pyramids ----
     cfg.MODEL.SSSD.DISTANCE = CN()
@@ -104,6 +115,17 @@ def add_sssd_config(cfg: CN) -> None:
     # Evaluate the teacher's pyramid, too: the same heads with the ground truth in hand. It is a
     # diagnostic, takes as long again, and is reported as teacher_with_ground_truth/...
     cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH = False
+
+    # ---- LabelEnc's two steps (tools/train_labelenc.py) ----
+    cfg.MODEL.SSSD.LABELENC = CN()
+    # Which of the two this training is; set by the script.
+    cfg.MODEL.SSSD.LABELENC.STEP = 0
+    # Iterations of step 1 before the distance sets in; they are added to the schedule.
+    cfg.MODEL.SSSD.LABELENC.WARMUP_ITERS = 30000
+    # Iteration of step 2 at which the distance is cut off; 0 for the last of SOLVER.STEPS.
+    cfg.MODEL.SSSD.LABELENC.AUXILIARY_ITERS = 0
+    # Keys and values in which step 1 differs, such as a smaller backbone.
+    cfg.MODEL.SSSD.LABELENC.STEP1_OPTS = []
 
     # ---- Detectron2's FCOS, built by META_ARCHITECTURE or STUDENT "Detectron2FCOS" ----
     # (Other packages own MODEL.FCOS. The defaults are those of Detectron2's own FCOS config.)

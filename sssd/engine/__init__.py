@@ -6,6 +6,7 @@ from .. import _detectron2  # noqa: F401
 from .checkpoint import Checkpointer, CheckpointError
 from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
+from .labelenc import initialise_second_step, labelenc_step
 from .optimizer import build_optimizer, hold_frozen_backbone, optimizer_params
 from .setup import USER_ERRORS, describe_distillation, load_config, setup
 from .trainer import Trainer
@@ -21,6 +22,8 @@ __all__ = [
     "describe_distillation",
     "export_student",
     "hold_frozen_backbone",
+    "initialise_second_step",
+    "labelenc_step",
     "load_config",
     "optimizer_params",
     "setup",

@@ -29,6 +29,8 @@ class DistillationMetrics(HookBase):
         latest = storage.latest()
         if "loss_distill" not in latest or "total_loss" not in latest:
             return  # only the main process gathers the losses
+        if self._model.last_distance is None:
+            return  # it was not computed
         weighted, total = latest["loss_distill"][0], latest["total_loss"][0]
         # The logged loss is the mean over processes; with coefficient 0 there is only our own.
         distance = weighted / coefficient if coefficient else float(self._model.last_distance)

@@ -31,8 +31,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if keys.TEACHER_WEIGHT_DECAY >= 0:
         teacher.SOLVER.WEIGHT_DECAY = keys.TEACHER_WEIGHT_DECAY
     optimizer = build_stock_optimizer(cfg, _student_side(model))
-    for group in build_stock_optimizer(teacher, model.teacher).param_groups:
-        optimizer.add_param_group(group)
+    if model.teaches:
+        for group in build_stock_optimizer(teacher, model.teacher).param_groups:
+            optimizer.add_param_group(group)
     hold_frozen_backbone(optimizer, model)
     return optimizer
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,14 +55,25 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
     return cfg
 
 
-def setup(args: Any) -> CfgNode:
+def setup(args: Any, change: Callable[[CfgNode], CfgNode] | None = None) -> CfgNode:
     """Config and logging for a training or evaluation, from Detectron2's own flags.
+
+    Args:
+        args: parsed flags.
+        change: what a script makes of the config.
 
     Raises:
         CheckpointError: when ``--resume`` would continue a run with another config.
-        ValueError: when test-time augmentation is asked of the SelfDistiller.
+        ValueError: when test-time augmentation is asked of the SelfDistiller, or a recipe of two
+            steps is to be trained as one.
     """
     cfg = load_config(args.config_file, args.opts)
+    cfg = cfg if change is None else change(cfg)
+    if cfg.MODEL.SSSD.TEACHER.NAME == "label_map" and not cfg.MODEL.SSSD.LABELENC.STEP:
+        raise ValueError(
+            f"{args.config_file or 'The config'} is a recipe of two steps (MODEL.SSSD.TEACHER.NAME "
+            "'label_map'); train it with tools/train_labelenc.py."
+        )
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE == "SelfDistiller":
         raise ValueError(
             "Test-time augmentation works on the stock detector: write it with "

@@ -20,6 +20,7 @@ from ..evaluation.teacher import PREFIX as TEACHER
 from ..meta_arch import SelfDistiller
 from .checkpoint import Checkpointer
 from .hooks import BestCheckpointer, DistillationMetrics
+from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
 from .setup import check_datasets, describe_distillation
 
@@ -91,6 +92,13 @@ class Trainer(DefaultTrainer):
             best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric)
             hooks.insert(-1, best)  # after the evaluation, before the writers
         return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        first_step = self.cfg.MODEL.SSSD.TEACHER.WEIGHTS
+        if first_step and not (resume and self.checkpointer.has_checkpoint()):
+            logger.info(f"Teacher, FPN and heads are those of {first_step}.")
+            initialise_second_step(self.checkpointer.model, first_step)
 
     def train(self) -> OrderedDict | None:
         if isinstance(self.checkpointer.model, SelfDistiller):

@@ -6,5 +6,6 @@ from .. import _detectron2  # noqa: F401
 from . import fcos  # noqa: F401  (registers Detectron2FCOS)
 from .phases import Phases
 from .self_distiller import SelfDistiller, distill
+from .teachers import TEACHER_REGISTRY
 
-__all__ = ["Phases", "SelfDistiller", "distill"]
+__all__ = ["TEACHER_REGISTRY", "Phases", "SelfDistiller", "distill"]

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..losses import PyramidDistillation, ShareController, coefficient_schedule
 from ..losses.coefficient import SCHEDULES
-from ..teacher import LabelEncodingTeacher
 from .passes import forked_random_state, in_evaluation_mode
 from .phases import Phases
+from .teachers import build_teacher
 
 __all__ = [
     "build_coefficient",
@@ -48,7 +48,7 @@ def build_training_parts(
     *,
     num_classes: int,
     levels: Sequence[str],
-    teacher: Mapping[str, Any],
+    teacher: nn.Module | Mapping[str, Any],
     distance: Mapping[str, Any],
 ) -> dict[str, nn.Module]:
     """The teacher and the distillation term that fit a detector; see :func:`sssd.distill`.
@@ -61,13 +61,19 @@ def build_training_parts(
     # The student starts as it would without us: the other parts draw their initial weights from a
     # copy of the random stream.
     with forked_random_state():
-        return {
-            "teacher": LabelEncodingTeacher(
+        if not isinstance(teacher, nn.Module):
+            options = {"name": "label_encoding", "frozen": False, **teacher}
+            is_frozen = options.pop("frozen")
+            teacher = build_teacher(
+                options.pop("name"),
+                student,
                 num_classes=num_classes or student_num_classes(student),
                 channels=channels,
                 strides=strides,
-                **teacher,
-            ),
+                **options,
+            ).requires_grad_(not is_frozen)
+        return {
+            "teacher": teacher,
             "distillation": PyramidDistillation(channels=channels, **distance),
         }
 

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from ..losses import PyramidDistillation, ShareController
-from ..teacher import LabelEncodingTeacher, image_cells
+from ..teacher import image_cells
 from .build import (
     build_coefficient,
     build_phases,
@@ -39,7 +39,8 @@ class SelfDistiller(nn.Module):
 
     1. runs the student as it is and *captures* the pyramid of its backbone,
     2. lets the teacher turn the ground truth and that pyramid into a second one,
-    3. *replays* the second pyramid through the same student, for the teacher's detection losses,
+    3. *replays* the second pyramid through the same student, for the teacher's detection losses
+       (not when the teacher is frozen),
     4. adds ``coefficient * distance(student's pyramid, teacher's pyramid)``.
 
     In evaluation it is the student. Its state dict is the student's as well, so that checkpoints
@@ -51,7 +52,7 @@ class SelfDistiller(nn.Module):
         self,
         *,
         student: nn.Module,
-        teacher: LabelEncodingTeacher,
+        teacher: nn.Module,
         distillation: PyramidDistillation,
         coefficient: Callable[[int], float] | ShareController,
         phases: Phases,
@@ -60,7 +61,7 @@ class SelfDistiller(nn.Module):
         """
         Args:
             student: any detector with a ``backbone`` that returns a dict of maps of equal width.
-            teacher: makes the second pyramid.
+            teacher: makes the second pyramid (see :mod:`sssd.meta_arch.teachers`).
             distillation: raw distance between the pyramids.
             coefficient: iteration -> weight of the distance, or a controller of its share.
             phases: when the student learns from the distance, when its backbone is frozen.
@@ -92,11 +93,14 @@ class SelfDistiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         keys = cfg.MODEL.SSSD
         student = build_student(cfg)
-        teacher = {name.lower(): value for name, value in keys.TEACHER.items()}
-        distance = {name.lower(): value for name, value in keys.DISTANCE.items()}
+        teacher, distance = _options(keys.TEACHER), _options(keys.DISTANCE)
+        loss_weight, _ = teacher.pop("loss_weight"), teacher.pop("weights")
+        if teacher["name"] != "label_encoding":
+            own = _options(keys.get(teacher["name"].upper(), {}))
+            teacher = {"name": teacher["name"], "frozen": teacher["frozen"], **own}
         return {
             "student": student,
-            "teacher_loss_weight": teacher.pop("loss_weight"),
+            "teacher_loss_weight": loss_weight,
             **build_training_parts(
                 student,
                 num_classes=keys.NUM_CLASSES,
@@ -135,28 +139,35 @@ class SelfDistiller(nn.Module):
         if not pyramid:
             raise RuntimeError(never_calls_backbone(self.student))
 
+        coefficient = None if self.schedule is None else self.schedule(iteration)
+        untouched = self._untouched(iteration)
+        if coefficient == 0 and not self.teaches:
+            self.last_distance, self.last_coefficient = None, coefficient
+            return {**losses, "loss_distill": untouched}
+
         features = {level: pyramid[level] for level in self.teacher.strides}
-        objects = objects.to(next(iter(features.values())).device)
-        taught = self.teacher(features, objects)
-        with matching.answered():
-            teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
+        with frozen(self.teacher, not self.teaches):
+            taught = self.teacher(features, objects)
+        teacher_losses = {}
+        if self.teaches:
+            with matching.answered():
+                teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
 
         if not self.phases.distills(iteration):
             features = _detached(features)
+        image_sizes = objects.image_sizes.to(self.device, non_blocking=True)
         masks = {
-            level: image_cells(objects.image_sizes, x.shape[-2:], self.teacher.strides[level])
+            level: image_cells(image_sizes, x.shape[-2:], self.teacher.strides[level])
             for level, x in features.items()
         }
         distance = self.training_parts["distillation"](features, taught, masks)
-        detection_loss = sum(losses.values()) + sum(teacher_losses.values())
-        if self.schedule is None:
+        if coefficient is None:
+            detection_loss = sum(losses.values()) + sum(teacher_losses.values())
             coefficient = self.training_parts["coefficient"](detection_loss, distance)
-        else:
-            coefficient = self.schedule(iteration)
         self.last_distance, self.last_coefficient = distance.detach(), coefficient
 
         losses.update(teacher_losses)
-        losses["loss_distill"] = coefficient * distance + self._untouched(iteration)
+        losses["loss_distill"] = coefficient * distance + untouched
         return losses
 
     @torch.no_grad()
@@ -174,13 +185,18 @@ class SelfDistiller(nn.Module):
         objects = ground_truth_objects(batched_inputs, self.teacher.num_classes)
         with captured_pyramid(self.student.backbone) as pyramid:
             self.student(batched_inputs)
-        taught = self.teacher(pyramid, objects.to(self.device))
+        taught = self.teacher(pyramid, objects)
         with replayed_pyramid(self.student, {**pyramid, **taught}):
             return self.student(batched_inputs)
 
     @property
-    def teacher(self) -> LabelEncodingTeacher:
+    def teacher(self) -> nn.Module:
         return self.training_parts["teacher"]
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the teacher learns; if not, it has no pass of its own through the heads."""
+        return any(p.requires_grad for p in self.teacher.parameters())
 
     @property
     def bottom_up(self) -> nn.Module:
@@ -193,9 +209,13 @@ class SelfDistiller(nn.Module):
 
     def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
         """Parameters that ``iteration`` leaves as they are although the config trains them."""
-        if not self.phases.freezes_backbone(iteration):
-            return []
-        return [p for p in self.bottom_up.parameters() if p.requires_grad]
+        frozen = []
+        if self.phases.freezes_backbone(iteration):
+            frozen += self.bottom_up.parameters()
+        if self.schedule is not None and self.schedule(iteration) == 0:
+            # Without a gradient, weight decay alone would move it.
+            frozen += self.training_parts["distillation"].parameters()
+        return [p for p in frozen if p.requires_grad]
 
     def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
         """Detection losses of the teacher's pyramid through the student's own heads."""
@@ -262,6 +282,11 @@ class SelfDistiller(nn.Module):
         _refuse_export(scripting=True)
 
 
+def _options(keys: CfgNode) -> dict[str, Any]:
+    """Config keys as keyword arguments."""
+    return {name.lower(): value for name, value in keys.items()}
+
+
 def _detached(pyramid: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {level: x.detach() for level, x in pyramid.items()}
 
@@ -287,7 +312,7 @@ def distill(
     phases: Phases,
     num_classes: int = 0,
     levels: Sequence[str] = (),
-    teacher: Mapping[str, Any] | None = None,
+    teacher: nn.Module | Mapping[str, Any] | None = None,
     distance: Mapping[str, Any] | None = None,
     teacher_loss_weight: float = 1.0,
 ) -> SelfDistiller:
@@ -302,7 +327,9 @@ def distill(
         phases: when the student learns from the distance, when its backbone is frozen.
         num_classes: classes of the ground truth; 0 for the student's own.
         levels: names of the pyramid levels to distill; empty for all.
-        teacher: options of :class:`sssd.teacher.LabelEncodingTeacher`.
+        teacher: a teacher that is built already, or options: ``name`` of a registered one
+            ("label_encoding"), ``frozen``, and those of that teacher
+            (:class:`sssd.teacher.LabelEncodingTeacher`).
         distance: options of :class:`sssd.losses.PyramidDistillation`.
         teacher_loss_weight: factor on the detection losses of the teacher's pass.
 

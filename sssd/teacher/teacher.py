@@ -71,11 +71,12 @@ class LabelEncodingTeacher(nn.Module):
         """
         Args:
             features: level -> (N, C, H, W), the student's pyramid; at least the taught levels.
-            objects: the ground truth, on the same device.
+            objects: the ground truth, on any device.
 
         Returns:
             Taught level -> (N, C, H, W).
         """
+        objects = objects.to(next(iter(features.values())).device)
         if self.add_context_box:
             objects = objects.with_context_box(self.num_classes)
         maps = {level: features[level] for level in self.strides}
