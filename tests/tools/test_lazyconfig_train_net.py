@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import detectron2.modeling
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -18,7 +19,8 @@ from tests.coco_files import write_coco
 from tests.conftest import REPOSITORY
 from tests.detectors import training_input
 
-CONFIGS = sorted((REPOSITORY / "configs" / "lazy").glob("[A-Z]*/*.py"))
+SWIN = REPOSITORY / "configs" / "lazy" / "SSSD" / "retinanet_Swin_T_FPN_3x.py"
+CONFIGS = sorted(set((REPOSITORY / "configs" / "lazy").glob("[A-Z]*/*.py")) - {SWIN})
 CLASSES = {"faster": GeneralizedRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 
 
@@ -85,6 +87,26 @@ def test_building_lazily_leaves_the_students_weights_and_stream_alone():
         losses = model.train()([training_input(2)])
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_swin_t_where_detectron2_has_it():
+    if not hasattr(detectron2.modeling, "SwinTransformer"):
+        pytest.skip("this Detectron2 has no SwinTransformer (v0.6)")
+    pytest.importorskip("timm", reason="Detectron2's SwinTransformer needs timm")
+    cfg = LazyConfig.load(str(SWIN))
+    cfg.model.phases.freeze_backbone_iters = cfg.model.phases.no_distill_iters = 0
+    model = instantiate(cfg.model).train()
+    assert list(model.teacher.strides) == ["p3", "p4", "p5", "p6", "p7"]
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    decays = {g["weight_decay"] for g in optimizer.param_groups}
+    assert isinstance(optimizer, torch.optim.AdamW) and decays == {0.0, 0.05}
+    with EventStorage(0):
+        losses = model([training_input(2)])
+        sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert "instances" in model.eval()([{"image": training_input(1)["image"]}])[0]
 
 
 def run(folder, *args):

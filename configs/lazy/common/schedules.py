@@ -47,3 +47,4 @@ optimizer = L(torch.optim.SGD)(
 
 lr_multiplier_1x, train_1x = _lr_multiplier([60000, 80000], 90000), _train(90000)
 lr_multiplier_2x, train_2x = _lr_multiplier([120000, 160000], 180000), _train(180000)
+lr_multiplier_3x, train_3x = _lr_multiplier([210000, 250000], 270000), _train(270000)
