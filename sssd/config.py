@@ -47,6 +47,13 @@ def add_sssd_config(cfg: CN) -> None:
     # Add each object's own label embedding to what its appearance attends to. Not in LGD, whose
     # objects find their labels by attention alone; that takes longer than a short schedule has.
     cfg.MODEL.SSSD.TEACHER.LABEL_RESIDUAL = False
+    # What is painted for an object: "student_guided" (its appearance attends to the labels of its
+    # image: LGD's default), "label_guided" (its label attends to their appearance), "label_fill"
+    # (its own label) or "student_fill" (its own appearance; no labels).
+    cfg.MODEL.SSSD.TEACHER.INTERACTION = "student_guided"
+    # Where an object is, for pooling its appearance and painting: "box" or "mask". For masks the
+    # mapper must keep them: MODEL.MASK_ON True with Detectron2's own.
+    cfg.MODEL.SSSD.TEACHER.REGIONS = "box"
 
     cfg.MODEL.SSSD.LABEL_MAP = CN()
     # Draw half of the objects paler in training (LabelEnc's step 1).

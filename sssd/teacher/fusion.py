@@ -9,59 +9,110 @@ from torch import Tensor, nn
 
 from .spatial_transformer import pointwise
 
-__all__ = ["MapPainter", "RelationAdapter", "paint"]
+__all__ = ["INTERACTIONS", "MapPainter", "RelationAdapter", "paint"]
+
+INTERACTIONS = {
+    "student_guided": {"appearance", "labels"},
+    "label_guided": {"appearance", "labels"},
+    "label_fill": {"labels"},
+    "student_fill": {"appearance"},
+}
+"""Pattern of the RelationAdapter -> the embeddings that it is made of."""
 
 
 class RelationAdapter(nn.Module):
-    """Cross-attention among the objects of one image (LGD's inter-object relation adapter).
+    """What is painted for each object of an image (LGD's inter-object relation adapter).
 
-    Queries are the appearance embeddings of a level, keys and values the label embeddings; the
-    weights are shared by all levels. Objects never attend to another image's.
+    One of LGD's four patterns (its names for them: stuGuided, labelGuided, teacher_fill and
+    student_fill); the weights are shared by all levels:
+
+    - "student_guided": attention, in which the appearance embeddings of a level query the label
+      embeddings of the same image. What is painted is made of labels.
+    - "label_guided": the reverse. What is painted is made of appearance.
+    - "label_fill": no attention; each object's own label embedding, the same on all levels.
+    - "student_fill": no attention and no labels; each object's own appearance.
+
+    Objects never attend to another image's. The parts that a pattern does not use do not exist.
     """
 
-    def __init__(self, *, embed_dim: int, num_heads: int, label_residual: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        interaction: str = "student_guided",
+        label_residual: bool = False,
+    ) -> None:
         """
         Args:
-            embed_dim: width E of the object embeddings, a multiple of ``num_heads``.
+            embed_dim: width E of the object embeddings; for attention, a multiple of ``num_heads``.
             num_heads: attention heads.
-            label_residual: add each object's own label embedding to what it attends to.
+            interaction: the pattern.
+            label_residual: add each object's own label embedding to what it attends to (ours). A
+                pattern without attention has nothing to add it to, and refuses it.
+
+        Raises:
+            ValueError: for an unknown pattern, or options that do not fit it.
         """
         super().__init__()
-        if embed_dim % num_heads:
+        if interaction not in INTERACTIONS:
+            raise ValueError(
+                f"MODEL.SSSD.TEACHER.INTERACTION is {interaction!r}; use one of "
+                f"{', '.join(INTERACTIONS)}."
+            )
+        attends = INTERACTIONS[interaction] == {"appearance", "labels"}
+        if label_residual and not attends:
+            raise ValueError(
+                "MODEL.SSSD.TEACHER.LABEL_RESIDUAL adds an object's label to what it attends to, "
+                f"but the INTERACTION {interaction!r} has no attention; set LABEL_RESIDUAL to "
+                'False, or INTERACTION to "student_guided" or "label_guided".'
+            )
+        if attends and embed_dim % num_heads:
             raise ValueError(
                 f"The teacher's embedding width {embed_dim} is not a multiple of its {num_heads} "
                 "attention heads; change MODEL.SSSD.TEACHER.EMBED_DIM or NUM_HEADS."
             )
+        self.interaction = interaction
         self.label_residual = label_residual
-        self.label_projection = pointwise(embed_dim, embed_dim)
-        self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.label_projection = self.attention = None
+        if "labels" in INTERACTIONS[interaction]:
+            self.label_projection = pointwise(embed_dim, embed_dim)
+        if attends:
+            self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
 
-    def forward(self, appearance: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, appearance: Tensor | None, labels: Tensor | None, valid: Tensor) -> Tensor:
         """
         Args:
-            appearance: (P, N, M, E).
-            labels: (N, M, E).
+            appearance: (P, N, M, E); None with "label_fill".
+            labels: (N, M, E); None with "student_fill".
             valid: bool (N, M).
 
         Returns:
-            (P, N, M, E); rows of padding are meaningless.
+            (P, N, M, E), or (1, N, M, E) for all levels with "label_fill"; rows of padding are
+            meaningless.
         """
+        if self.label_projection is None:
+            return appearance
+        labels = self.label_projection(labels)[None]
+        if self.attention is None:
+            return labels
         num_levels = len(appearance)
         # A softmax over no key at all is NaN: an image without objects attends to its padding,
         # and the result is masked when it is painted.
         ignored = ~valid
         ignored = ignored & ~ignored.all(dim=1, keepdim=True)
-        labels = self.label_projection(labels).repeat(num_levels, 1, 1)
+        queries, keys = appearance.flatten(0, 1), labels.expand_as(appearance).flatten(0, 1)
+        if self.interaction == "label_guided":
+            queries, keys = keys, queries
         attended, _ = self.attention(
-            appearance.flatten(0, 1),
-            labels,
-            labels,
+            queries,
+            keys,
+            keys,
             key_padding_mask=ignored.repeat(num_levels, 1),
             need_weights=False,
         )
-        if self.label_residual:
-            attended = attended + labels
-        return attended.view_as(appearance)
+        attended = attended.view_as(appearance)
+        return attended + labels if self.label_residual else attended
 
 
 def paint(embeddings: Tensor, cells: Tensor) -> Tensor:
