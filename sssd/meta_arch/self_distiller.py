@@ -128,7 +128,9 @@ class SelfDistiller(nn.Module):
             return self.student(batched_inputs)
 
         iteration = get_event_storage().iter
-        objects = ground_truth_objects(batched_inputs, self.teacher.num_classes)
+        objects = ground_truth_objects(
+            batched_inputs, self.teacher.num_classes, getattr(self.teacher, "mask_strides", None)
+        )
         matching = AnchorMatching(self.student)
         with (
             captured_pyramid(self.student.backbone) as pyramid,
@@ -182,7 +184,9 @@ class SelfDistiller(nn.Module):
         """
         if self.training:
             raise RuntimeError("detect_from_teacher needs evaluation mode; call .eval() first.")
-        objects = ground_truth_objects(batched_inputs, self.teacher.num_classes)
+        objects = ground_truth_objects(
+            batched_inputs, self.teacher.num_classes, getattr(self.teacher, "mask_strides", None)
+        )
         with captured_pyramid(self.student.backbone) as pyramid:
             self.student(batched_inputs)
         taught = self.teacher(pyramid, objects)

@@ -81,7 +81,7 @@ class LabelEncodingTeacher(nn.Module):
         self.detach_appearance = detach_appearance
         self.regions = regions
         # An unknown pattern is the adapter's to refuse.
-        used = INTERACTIONS.get(interaction, {})
+        used = INTERACTIONS.get(interaction, set())
         self.label_encoder = self.appearance_encoder = None
         if "labels" in used:
             self.label_encoder = LabelEncoder(num_classes=num_classes, embed_dim=embed_dim)
