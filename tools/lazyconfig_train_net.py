@@ -14,7 +14,6 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 # isort: split
 import argparse
 import logging
-import sys
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
@@ -25,7 +24,6 @@ from detectron2.engine import (
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -35,11 +33,11 @@ from torch import nn
 
 from sssd import SelfDistiller
 from sssd.engine import (
-    USER_ERRORS,
     Checkpointer,
     DistillationMetrics,
     describe_distillation,
     hold_frozen_backbone,
+    launch_script,
 )
 
 
@@ -104,15 +102,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+    launch_script(main, default_argument_parser().parse_args())

@@ -17,9 +17,9 @@ import os
 import subprocess
 import sys
 
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 
-from sssd.engine import USER_ERRORS, Trainer, labelenc_step, load_config, setup
+from sssd.engine import Trainer, labelenc_step, launch_script, load_config, setup, user_errors
 
 
 def main(args: argparse.Namespace) -> None:
@@ -46,16 +46,8 @@ if __name__ == "__main__":
     parser = default_argument_parser()
     parser.add_argument("--step", type=int, choices=(1, 2), help="one step alone")
     args = parser.parse_args()
-    try:
-        if args.step is None:
+    if args.step is not None:
+        launch_script(main, args)
+    else:
+        with user_errors():
             sys.exit(run_both(args))
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")

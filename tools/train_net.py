@@ -10,13 +10,12 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 
 # isort: split
 import argparse
-import sys
 
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from sssd.engine import USER_ERRORS, Checkpointer, Trainer, setup
+from sssd.engine import Checkpointer, Trainer, launch_script, setup
 
 
 def main(args: argparse.Namespace):
@@ -39,15 +38,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+    launch_script(main, default_argument_parser().parse_args())

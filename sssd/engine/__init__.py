@@ -8,11 +8,11 @@ from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
 from .labelenc import initialise_second_step, labelenc_step
 from .optimizer import build_optimizer, hold_frozen_backbone, optimizer_params
-from .setup import USER_ERRORS, describe_distillation, load_config, setup
+from .scripts import launch_script, user_errors
+from .setup import describe_distillation, load_config, setup
 from .trainer import Trainer
 
 __all__ = [
-    "USER_ERRORS",
     "BestCheckpointer",
     "CheckpointError",
     "Checkpointer",
@@ -24,7 +24,9 @@ __all__ = [
     "hold_frozen_backbone",
     "initialise_second_step",
     "labelenc_step",
+    "launch_script",
     "load_config",
     "optimizer_params",
     "setup",
+    "user_errors",
 ]

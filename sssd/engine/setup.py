@@ -14,24 +14,14 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..config import add_sssd_config
-from ..data import AnnotationError, ImageError, check_dataset, is_coco_style
+from ..data import check_dataset, is_coco_style
 from ..meta_arch import SelfDistiller
 from ..meta_arch.build import student_num_classes
 from .checkpoint import CheckpointError
 
-__all__ = ["USER_ERRORS", "check_datasets", "describe_distillation", "load_config", "setup"]
+__all__ = ["check_datasets", "describe_distillation", "load_config", "setup"]
 
 logger = logging.getLogger("sssd")
-
-# What the user can mend, said in one sentence each: scripts print it without a traceback.
-USER_ERRORS = (
-    AnnotationError,
-    CheckpointError,
-    FileNotFoundError,
-    FloatingPointError,
-    ImageError,
-    ValueError,
-)
 
 # Keys of MODEL in which a resumed run may differ from the run that it continues.
 _FREE_ON_RESUME = ("MODEL.WEIGHTS", "MODEL.DEVICE")
