@@ -23,6 +23,10 @@ _RCNN = {
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
     "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
 }
+_CASCADE = {
+    "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+}
 _MASK = {
     "MODEL.MASK_ON": True,
     "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
@@ -50,14 +54,8 @@ _DENSE = {
 DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "faster_rcnn": ("Base-RCNN-FPN-small", _RCNN),
     "mask_rcnn": ("Base-RCNN-FPN-small", {**_RCNN, **_MASK}),
-    "cascade_rcnn": (
-        "Base-RCNN-FPN-small",
-        {
-            **_RCNN,
-            "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
-            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
-        },
-    ),
+    "cascade_rcnn": ("Base-RCNN-FPN-small", {**_RCNN, **_CASCADE}),
+    "cascade_mask_rcnn": ("Base-RCNN-FPN-small", {**_RCNN, **_CASCADE, **_MASK}),
     "keypoint_rcnn": ("Base-RCNN-FPN-small", {**_RCNN, **_KEYPOINTS}),
     "panoptic_fpn": ("Base-RCNN-FPN-small", {**_RCNN, **_MASK, **_PANOPTIC}),
     "retinanet": ("Base-RetinaNet-small", _DENSE),
@@ -115,7 +113,7 @@ def training_input(
     instances.gt_classes = torch.randint(num_classes, (num_objects,), generator=generator)
     image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
     inputs = {"image": image, "instances": instances, "height": height, "width": width}
-    if detector in ("mask_rcnn", "panoptic_fpn"):
+    if detector in ("mask_rcnn", "cascade_mask_rcnn", "panoptic_fpn"):
         x1, y1, x2, y2 = instances.gt_boxes.tensor.double().unbind(1)
         corners = torch.stack([x1, y1, x2, y1, x2, y2, x1, y2], dim=1).numpy()
         instances.gt_masks = PolygonMasks([[polygon] for polygon in corners])

@@ -6,7 +6,8 @@
     tools/lazyconfig_train_net.py --config-file ... --eval-only train.init_checkpoint=...
 
 The flags, and what a config holds (model, dataloader, optimizer, lr_multiplier, train), are those
-of Detectron2's script of the same name.
+of Detectron2's script of the same name. For LabelEnc's second step, train.first_step names the
+checkpoint of the first.
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
@@ -37,6 +38,7 @@ from sssd.engine import (
     DistillationMetrics,
     describe_distillation,
     hold_frozen_backbone,
+    initialise_second_step,
     launch_script,
 )
 
@@ -87,6 +89,8 @@ def do_train(args: argparse.Namespace, cfg: DictConfig) -> None:
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
+    if cfg.train.get("first_step") and not resumed:
+        initialise_second_step(checkpointer.model, cfg.train.first_step)
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
 
 

@@ -9,6 +9,8 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
+from sssd import Phases, distill
+from sssd.losses import coefficient_schedule
 from sssd.meta_arch.build import check_calls_backbone
 from sssd.meta_arch.passes import AnchorMatching
 from tests.detectors import (
@@ -47,6 +49,24 @@ def test_student_losses_are_the_stock_ones_and_every_parameter_learns(detector):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     # from its own loss, not from a term of weight zero
     assert all(p.grad.abs().sum() > 0 for p in model.teacher.painter.refinement.parameters())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_wrapping_a_built_detector_is_the_same_as_building_from_yacs(detector):
+    model = build(tiny_config(detector=detector))
+    detector_alone = build(tiny_config(detector=detector, distilled=False))
+    wrapped = distill(
+        detector_alone,
+        coefficient=coefficient_schedule("constant", values=[10.0]),
+        phases=Phases(max_iter=100),
+    ).train()
+    results = []
+    for m in (model, wrapped):
+        torch.manual_seed(3)
+        results.append(losses_at(m, batch=training_batch(detector=detector))[0])
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

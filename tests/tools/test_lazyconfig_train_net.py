@@ -9,18 +9,21 @@ import detectron2.modeling
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.utils.events import EventStorage
 
 from sssd import SelfDistiller
-from sssd.engine import load_config
+from sssd.engine import labelenc_step, load_config
 from tests.coco_files import write_coco
 from tests.conftest import REPOSITORY
 from tests.detectors import training_input
 
 SWIN = REPOSITORY / "configs" / "lazy" / "SSSD" / "retinanet_Swin_T_FPN_3x.py"
-CONFIGS = sorted(set((REPOSITORY / "configs" / "lazy").glob("[A-Z]*/*.py")) - {SWIN})
+EVERY = set((REPOSITORY / "configs" / "lazy").glob("[A-Z]*/*.py")) - {SWIN}
+LABELENC = sorted(path for path in EVERY if path.parent.name == "LabelEnc")
+CONFIGS = sorted(EVERY - set(LABELENC))
 CLASSES = {"faster": GeneralizedRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 
 
@@ -59,11 +62,30 @@ def test_every_recipe_builds_and_says_what_its_yacs_twin_says(path):
         assert multiplier(iteration / cfg.train.max_iter) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("path", LABELENC, ids=name)
+def test_every_step_of_labelenc_says_what_its_yacs_twin_says(path):
+    recipe, step = path.stem.split("_step")
+    yacs = load_config(str(REPOSITORY / "configs" / "LabelEnc" / f"{recipe}.yaml"))
+    yacs, cfg = labelenc_step(yacs, int(step)), LazyConfig.load(str(path))
+    with torch.device("meta"):
+        model, twin = instantiate(cfg.model), META_ARCH_REGISTRY.get("SelfDistiller")(yacs)
+    assert (cfg.train.max_iter, cfg.optimizer.lr) == (yacs.SOLVER.MAX_ITER, yacs.SOLVER.BASE_LR)
+    assert model.phases == twin.phases and model.teaches == twin.teaches == (step == "1")
+    assert model.teacher.augment_scales == twin.teacher.augment_scales
+    around = [0, 29_999, 30_000, 79_999, 80_000, 159_999, 160_000]
+    assert [model.schedule(i) for i in around] == [twin.schedule(i) for i in around]
+    options = [m.training_parts["distillation"] for m in (model, twin)]
+    assert options[0].extra_repr() == options[1].extra_repr()
+    assert ("first_step" in cfg.train) == (step == "2")
+    multiplier = instantiate(cfg.lr_multiplier)
+    steps = zip(yacs.SOLVER.STEPS, (0.1, 0.01), strict=True)
+    for iteration, factor in ((0, 0.001), (1000, 1.0), *steps):
+        assert multiplier(iteration / cfg.train.max_iter) == pytest.approx(factor)
+
+
 @pytest.mark.parametrize("detector", CLASSES)
 def test_the_student_is_the_one_of_the_yacs_recipe(detector):
     path = next(p for p in CONFIGS if p.parent.name == "Plain" and p.stem.startswith(detector))
-    from detectron2.modeling import META_ARCH_REGISTRY
-
     yacs = load_config(str(REPOSITORY / "configs" / "Plain" / f"{path.stem}.yaml"))
     with torch.device("meta"):
         lazy = instantiate(LazyConfig.load(str(path)).model)

@@ -58,3 +58,34 @@ def lgd_stepwise(student, max_iter, steps, add_context_box=False, detach_appeara
     distance = dict(distance="mse", level_reduction="elements", mask_padding=False)
     values = [1.0, 4 / 3]
     return _method(student, max_iter, steps, distance, values, add_context_box, detach_appearance)
+
+
+def labelenc_step1(student, train, lr_multiplier, warmup=30000):
+    """LabelEnc's first step: the encoder learns through the heads, the distance after a warm-up.
+
+    The warm-up is added to the schedule, so that this changes ``train`` and ``lr_multiplier``.
+    """
+    before, train.max_iter = train.max_iter, train.max_iter + warmup
+    milestones = lr_multiplier.scheduler.milestones
+    lr_multiplier.scheduler.milestones = [x + warmup for x in milestones]
+    lr_multiplier.warmup_length *= before / train.max_iter
+    return _labelenc(student, train, [0.0, 1.0], warmup, dict(augment_scales=True))
+
+
+def labelenc_step2(student, train, lr_multiplier):
+    """LabelEnc's second step: supervised by the encoder of step 1 until the last decay.
+
+    Set train.first_step to the checkpoint of step 1.
+    """
+    last = lr_multiplier.scheduler.milestones[-2]
+    return _labelenc(student, train, [1.0, 0.0], last, dict(frozen=True))
+
+
+def _labelenc(student, train, values, milestone, teacher):
+    return L(distill)(
+        student=student,
+        teacher=dict(name="label_map", **teacher),
+        distance=dict(distance="mse", norm="layer", level_reduction="elements", mask_padding=False),
+        coefficient=L(coefficient_schedule)(name="step", values=values, milestones=[milestone]),
+        phases=L(Phases)(max_iter=train.max_iter),
+    )

@@ -1,0 +1,10 @@
+from ..common.data import dataloader
+from ..common.methods import labelenc_step2
+from ..common.models import faster_rcnn
+from ..common.schedules import lr_multiplier_1x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_1x as train
+
+model = labelenc_step2(faster_rcnn, train, lr_multiplier)
+train.output_dir = "output/labelenc_faster_rcnn_R_50_FPN_1x_step2"
+train.first_step = "output/labelenc_faster_rcnn_R_50_FPN_1x_step1/model_final.pth"

@@ -1,0 +1,10 @@
+from ..common.data import dataloader
+from ..common.methods import labelenc_step1
+from ..common.models import retinanet
+from ..common.schedules import lr_multiplier_2x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_2x as train
+
+model = labelenc_step1(retinanet, train, lr_multiplier)
+train.output_dir = "output/labelenc_retinanet_R_50_FPN_2x_step1"
+optimizer.lr = 0.01
