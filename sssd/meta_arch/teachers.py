@@ -2,7 +2,8 @@
 
 A teacher is a module with the attributes ``num_classes`` and ``strides`` (level -> pixels per
 cell, of the levels that it teaches, from fine to coarse) and a ``forward(features, objects)`` that
-gives a map for each of them, of the shape that the student's has.
+gives a map for each of them, of the shape that the student's has. One that needs the objects' masks
+also has ``mask_strides``, the levels on which it wants them (:mod:`sssd.teacher.masks`).
 """
 
 from typing import Any

@@ -148,8 +148,8 @@ def polygon_cells(
     object, what is in any of its polygons. A centre exactly on an outline is inside on the upper
     and left side of the polygon, and not on the lower and right.
 
-    It is exact: COCO's rasteriser, of which this is the vectorised counterpart for all objects of
-    an image at once, rounds corners to a fifth of a cell. That is 13 pixels at stride 64.
+    For all objects of an image at once, and exact: COCO's rasteriser would round corners to a fifth
+    of a cell, which is 13 pixels at stride 64.
 
     Args:
         polygons: for each of K objects its polygons, each an array x0 y0 x1 y1 ... in pixels.

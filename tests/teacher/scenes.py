@@ -63,8 +63,9 @@ def small_teacher(*, channels: int = 16, seed: int = 0, **options) -> LabelEncod
     settings = {"num_classes": NUM_CLASSES, "strides": STRIDES, "num_heads": 4, **options}
     teacher = LabelEncodingTeacher(channels=channels, **settings)
     encoder = teacher.label_encoder
-    for transform in (encoder.input_transform, encoder.feature_transform):
-        torch.nn.init.normal_(transform.matrix.weight, std=0.05)
+    if encoder is not None:
+        for transform in (encoder.input_transform, encoder.feature_transform):
+            torch.nn.init.normal_(transform.matrix.weight, std=0.05)
     return teacher
 
 

@@ -25,9 +25,10 @@ def reference_maps(teacher, features, objects):
     """The method once more: one image and one level at a time, without padding, masks or sharing.
 
     Only the weights are the teacher's. Attention and normalisation are those of torch on single
-    images.
+    images. A part that the interaction does not need is not there to be called.
     """
     encoder, relation, painter = teacher.label_encoder, teacher.relation_adapter, teacher.painter
+    pattern = relation.interaction
     if teacher.add_context_box:
         objects = objects.with_context_box(teacher.num_classes)
     maps = {level: [] for level in teacher.strides}
@@ -40,26 +41,36 @@ def reference_maps(teacher, features, objects):
                 summary = module.local(x).amax(0)
             return x @ module.matrix(module.glob(summary)).view(module.dim, module.dim)
 
-        height, width = objects.image_sizes[index].tolist()
-        boxes = objects.boxes[index, on] / torch.tensor([width, height, width, height]) * 2 - 1
-        x = torch.cat([boxes, encoder.class_embedding(objects.classes[index, on])], dim=1)
-        x = transform(
-            encoder.feature_transform, encoder.point(transform(encoder.input_transform, x))
-        )
-        company = encoder.set_features(x).amax(0) if len(x) else x.new_zeros(1024)
-        labels = encoder.output(torch.cat([x, company.expand(len(x), -1)], dim=1))
-        labels = relation.label_projection(labels)
+        labels = None
+        if pattern != "student_fill":
+            height, width = objects.image_sizes[index].tolist()
+            boxes = objects.boxes[index, on] / torch.tensor([width, height, width, height]) * 2 - 1
+            x = torch.cat([boxes, encoder.class_embedding(objects.classes[index, on])], dim=1)
+            x = transform(
+                encoder.feature_transform, encoder.point(transform(encoder.input_transform, x))
+            )
+            company = encoder.set_features(x).amax(0) if len(x) else x.new_zeros(1024)
+            labels = encoder.output(torch.cat([x, company.expand(len(x), -1)], dim=1))
+            labels = relation.label_projection(labels)
 
         for level, stride in teacher.strides.items():
             image = features[level][index : index + 1]
-            projected = teacher.appearance_encoder.projection(image)[0]
             single = type(objects)(*(part[index : index + 1] for part in objects))
             cells = reference_cells(single, image.shape[2:], stride)[0, on]
-            queries = reference_pooling(projected, cells)
-            canvas, context = projected.new_zeros(projected.shape), 0
-            if len(queries):
-                fused, _ = relation.attention(queries[None], labels[None], labels[None])
-                fused = fused[0]
+            seen = None
+            if pattern != "label_fill":
+                seen = reference_pooling(teacher.appearance_encoder.projection(image)[0], cells)
+            width = painter.object_projection.in_features
+            canvas, context = image.new_zeros(width, *image.shape[2:]), 0
+            if len(cells):
+                fused = {
+                    "student_guided": lambda a, b: relation.attention(a[None], b[None], b[None])[0],
+                    "label_guided": lambda a, b: relation.attention(b[None], a[None], a[None])[0],
+                    "label_fill": lambda a, b: b[None],
+                    "student_fill": lambda a, b: a[None],
+                }[pattern](seen, labels)[0]
+                if relation.label_residual:
+                    fused = fused + labels
                 if teacher.add_context_box:
                     context = painter.context_projection(fused[-1])[:, None, None]
                     fused, cells = fused[:-1], cells[:-1]
@@ -71,9 +82,22 @@ def reference_maps(teacher, features, objects):
 
 @pytest.mark.parametrize("counts", [(5, 2, 0), (1, 0, 0), (0, 0, 0)])
 @pytest.mark.parametrize("context", [False, True])
-def test_equals_the_method_by_loops(counts, context):
+@pytest.mark.parametrize(
+    ("interaction", "residual"),
+    [
+        ("student_guided", False),
+        ("student_guided", True),
+        ("label_guided", False),
+        ("label_guided", True),
+        ("label_fill", False),
+        ("student_fill", False),
+    ],
+)
+def test_equals_the_method_by_loops(counts, context, interaction, residual):
     # Faults: Python loops over images and levels; here they are the proof of the batched form.
-    teacher = small_teacher(add_context_box=context)
+    teacher = small_teacher(
+        add_context_box=context, interaction=interaction, label_residual=residual
+    )
     features, objects = pyramid(3), scene(*counts)
     assert_pyramids_close(teacher(features, objects), reference_maps(teacher, features, objects))
 
