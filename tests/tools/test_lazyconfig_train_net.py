@@ -161,6 +161,7 @@ def run(folder, *args):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_train_resume_evaluate(tmp_path):
     write_coco(tmp_path)
     random = "train.init_checkpoint="

@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 
+import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
@@ -20,6 +21,7 @@ def train(folder, *args, script="train_labelenc.py"):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_second_step_continues_from_the_first(tmp_path):
     write_coco(tmp_path)
     own = [
