@@ -24,7 +24,11 @@ __all__ = ["check_datasets", "describe_distillation", "load_config", "setup"]
 logger = logging.getLogger("sssd")
 
 # Keys of MODEL in which a resumed run may differ from the run that it continues.
-_FREE_ON_RESUME = ("MODEL.WEIGHTS", "MODEL.DEVICE")
+_FREE_ON_RESUME = (
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
+    "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH",
+)
 
 
 def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:

@@ -248,6 +248,7 @@ def test_a_resume_with_another_config_is_refused(config):
         f.write(cfg.dump())
     check_resumed_config(cfg)
     check_resumed_config(config("SOLVER.MAX_ITER", 100))  # longer is fine
+    check_resumed_config(config("MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH", True))
     with pytest.raises(CheckpointError, match=r"MODEL\.SSSD\.DISTANCE\.NAME was js and is mse"):
         check_resumed_config(config("MODEL.SSSD.DISTANCE.NAME", "mse"))
     with pytest.raises(CheckpointError, match=r"MODEL\.META_ARCHITECTURE was SelfDistiller"):
