@@ -79,10 +79,16 @@ def test_train_resume_evaluate_export(method, detector, tmp_path, datasets_root)
     weights = torch.load(tmp_path / "student" / "model.pth", weights_only=True)
     stock.load_state_dict(weights["model"], strict=True)
     image = torch.randint(256, (3, 128, 160), generator=torch.Generator().manual_seed(0))
-    for module in (*stock.modules(), *model.modules()):
-        if "test_score_thresh" in vars(module):  # so early there are hardly any detections above
-            module.test_score_thresh = -1.0
     with torch.no_grad():
+        for name, module in (*stock.named_modules(), *model.named_modules()):
+            if "test_score_thresh" in vars(module):
+                # So early there are hardly any detections above it.
+                module.test_score_thresh = -1.0
+            if detector == "fcos" and name.endswith("bbox_pred"):
+                # FCOS's distances to the box's sides pass a ReLU. After so few iterations they are
+                # all 0 for a seed in three, and Detectron2 drops boxes without an area.
+                module.bias += 5.0
         a, b = (m.eval()([{"image": image}])[0]["instances"].get_fields() for m in (stock, model))
+    assert len(a["scores"]) > 0
     assert torch.equal(a["scores"], b["scores"])
     assert torch.equal(a["pred_boxes"].tensor, b["pred_boxes"].tensor)
