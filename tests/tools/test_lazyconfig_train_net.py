@@ -24,7 +24,8 @@ SWIN = REPOSITORY / "configs" / "lazy" / "SSSD" / "retinanet_Swin_T_FPN_3x.py"
 EVERY = set((REPOSITORY / "configs" / "lazy").glob("[A-Z]*/*.py")) - {SWIN}
 LABELENC = sorted(path for path in EVERY if path.parent.name == "LabelEnc")
 CONFIGS = sorted(EVERY - set(LABELENC))
-CLASSES = {"faster": GeneralizedRCNN, "retinanet": RetinaNet, "fcos": FCOS}
+RCNN = dict.fromkeys(("faster", "mask", "cascade"), GeneralizedRCNN)
+CLASSES = {**RCNN, "retinanet": RetinaNet, "fcos": FCOS}
 
 
 def name(path):
@@ -57,6 +58,7 @@ def test_every_recipe_builds_and_says_what_its_yacs_twin_says(path):
     assert type(student) is CLASSES[path.stem.split("_")[0]]
     assert (cfg.train.max_iter, cfg.optimizer.lr) == (yacs.SOLVER.MAX_ITER, yacs.SOLVER.BASE_LR)
     assert cfg.train.init_checkpoint == yacs.MODEL.WEIGHTS
+    assert cfg.dataloader.train.mapper.use_instance_mask == yacs.MODEL.MASK_ON
     multiplier = instantiate(cfg.lr_multiplier)
     for iteration, factor in ((0, 0.001), (1000, 1.0), (yacs.SOLVER.STEPS[0], 0.1)):
         assert multiplier(iteration / cfg.train.max_iter) == pytest.approx(factor)
@@ -92,6 +94,16 @@ def test_the_student_is_the_one_of_the_yacs_recipe(detector):
         stock = META_ARCH_REGISTRY.get(yacs.MODEL.META_ARCHITECTURE)(yacs)
     shapes = {k: v.shape for k, v in lazy.state_dict().items()}
     assert shapes == {k: v.shape for k, v in stock.state_dict().items()}
+    heads, twin = (getattr(model, "roi_heads", None) for model in (lazy, stock))
+    if hasattr(heads, "proposal_matchers"):  # a cascade
+        assert _stages(heads) == _stages(twin)
+        assert lazy.proposal_generator.post_nms_topk == stock.proposal_generator.post_nms_topk
+
+
+def _stages(heads):
+    """IoU threshold and box weights of each stage of a cascade."""
+    stages = zip(heads.proposal_matchers, heads.box_predictor, strict=True)
+    return [(m.thresholds, tuple(p.box2box_transform.weights)) for m, p in stages]
 
 
 def test_building_lazily_leaves_the_students_weights_and_stream_alone():

@@ -4,6 +4,8 @@ Detectron2 has the same among its own common configs, but an installation withou
 does not find them.
 """
 
+from copy import deepcopy
+
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -17,8 +19,10 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
     FastRCNNConvFCHead,
     FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
     StandardROIHeads,
 )
 
@@ -97,6 +101,45 @@ faster_rcnn = L(GeneralizedRCNN)(
     ),
     input_format="BGR",
     **_PIXELS,
+)
+
+mask_rcnn = deepcopy(faster_rcnn)
+mask_rcnn.roi_heads.update(
+    mask_in_features=["p2", "p3", "p4", "p5"],
+    mask_pooler=L(ROIPooler)(
+        output_size=14,
+        scales=(1 / 4, 1 / 8, 1 / 16, 1 / 32),
+        sampling_ratio=0,
+        pooler_type="ROIAlignV2",
+    ),
+    mask_head=L(MaskRCNNConvUpsampleHead)(
+        input_shape=ShapeSpec(channels=256, width=14, height=14),
+        num_classes="${..num_classes}",
+        conv_dims=[256] * 5,  # the last one of them doubles the resolution
+    ),
+)
+
+cascade_rcnn = deepcopy(faster_rcnn)
+cascade_rcnn.proposal_generator.post_nms_topk = (2000, 1000)
+for key in ("box_head", "box_predictor", "proposal_matcher"):
+    del cascade_rcnn.roi_heads[key]
+cascade_rcnn.roi_heads.update(
+    _target_=CascadeROIHeads,
+    box_heads=[deepcopy(faster_rcnn.roi_heads.box_head) for _ in range(3)],
+    box_predictors=[
+        L(FastRCNNOutputLayers)(
+            input_shape=ShapeSpec(channels=1024),
+            test_score_thresh=0.05,
+            box2box_transform=L(Box2BoxTransform)(weights=weights),
+            cls_agnostic_bbox_reg=True,
+            num_classes="${...num_classes}",
+        )
+        for weights in ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
+    ],
+    proposal_matchers=[
+        L(Matcher)(thresholds=[iou], labels=[0, 1], allow_low_quality_matches=False)
+        for iou in (0.5, 0.6, 0.7)
+    ],
 )
 
 retinanet = L(RetinaNet)(

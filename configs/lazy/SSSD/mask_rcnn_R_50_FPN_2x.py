@@ -1,0 +1,9 @@
+from ..common.data import dataloader
+from ..common.methods import sssd
+from ..common.models import mask_rcnn
+from ..common.schedules import lr_multiplier_2x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_2x as train
+
+model = sssd(mask_rcnn, train.max_iter, [120000, 160000])
+dataloader.train.mapper.use_instance_mask = True
