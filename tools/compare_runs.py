@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Mean and spread of the final COCO figures over seeds, from the metrics.json of each run.
 
-    python tools/compare_runs.py docs/results/bccd/*_seed*
+    python tools/compare_runs.py docs/results/bccd_fcos/*_seed*
 
 Folders are named VARIANT_seedN; a row of the table is a variant.
 """

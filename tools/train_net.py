@@ -15,18 +15,13 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from sssd.engine import Checkpointer, Trainer, launch_script, setup
+from sssd.engine import Trainer, launch_script, setup
 
 
 def main(args: argparse.Namespace):
     cfg = setup(args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-        path = cfg.MODEL.WEIGHTS
-        if args.resume and checkpointer.has_checkpoint():
-            path = checkpointer.get_checkpoint_file()
-        checkpointer.load(path, checkpointables=[], whole=True)
+        model = Trainer.load_for_evaluation(cfg, args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

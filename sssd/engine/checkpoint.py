@@ -32,6 +32,7 @@ class Checkpointer(DetectionCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
         super().__init__(model, save_dir, **kwargs)
         self._resuming = False
+        self._expected: list[str] = []
         self._whole = False
         if hasattr(self.model, "training_parts"):
             self.add_checkpointable("sssd", self.model.training_parts)
@@ -62,6 +63,7 @@ class Checkpointer(DetectionCheckpointer):
             if not self.path_manager.isfile(path):
                 raise CheckpointError(f"The checkpoint {path} does not exist; check MODEL.WEIGHTS.")
         self._resuming = checkpointables is None
+        self._expected = list(self.checkpointables) if self._resuming else checkpointables
         self._whole = whole or self._resuming
         return super().load(path, checkpointables)
 
@@ -74,13 +76,18 @@ class Checkpointer(DetectionCheckpointer):
                 f"The checkpoint {filename} cannot be read ({reason}): it is truncated or no "
                 "checkpoint; use another file of the same run."
             ) from error
-        if self._resuming:
-            missing = [name for name in self.checkpointables if name not in checkpoint]
-            if missing:
-                raise CheckpointError(
-                    f"Training cannot resume from {filename}: it lacks {', '.join(missing)}. To "
-                    "start a new training from its weights, use MODEL.WEIGHTS without --resume."
-                )
+        missing = [name for name in self._expected if name not in checkpoint]
+        if missing and self._resuming:
+            raise CheckpointError(
+                f"Training cannot resume from {filename}: it lacks {', '.join(missing)}. To "
+                "start a new training from its weights, use MODEL.WEIGHTS without --resume."
+            )
+        if missing:
+            raise CheckpointError(
+                f"The checkpoint {filename} lacks {', '.join(missing)}: it is a detector without "
+                "the parts that trained it. Use a file that self-distillation has written, or set "
+                "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH to False."
+            )
         self._filename = filename
         return checkpoint
 

@@ -68,14 +68,33 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         results = super().test(cfg, model, evaluators)
         model = getattr(model, "module", model)
-        distilled = isinstance(model, SelfDistiller)
-        if not distilled or not cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH:
+        if not _evaluates_teacher(cfg, model):
             return results
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", TEACHER)
         of_teacher = evaluate_teacher(cfg, model, lambda x: cls.build_evaluator(cfg, x, folder))
         if len(cfg.DATASETS.TEST) == 1:
             return {**results, **of_teacher[cfg.DATASETS.TEST[0]]}
         return {name: {**results[name], **of_teacher[name]} for name in results}
+
+    @classmethod
+    def load_for_evaluation(cls, cfg: CfgNode, resume: bool = False) -> nn.Module:
+        """Builds the model and fills all of it that evaluation runs from a checkpoint.
+
+        Args:
+            resume: from the last one in OUTPUT_DIR, if there is one, not from MODEL.WEIGHTS.
+
+        Raises:
+            CheckpointError: when the file lacks some of it.
+        """
+        model = cls.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        path = cfg.MODEL.WEIGHTS
+        if resume and checkpointer.has_checkpoint():
+            path = checkpointer.get_checkpoint_file()
+        # A teacher from random weights would be evaluated without a word.
+        parts = ["sssd"] if _evaluates_teacher(cfg, model) else []
+        checkpointer.load(path, checkpointables=parts, whole=True)
+        return model
 
     def build_hooks(self) -> list:
         # DefaultTrainer makes its checkpointer just before its hooks, which keep a reference.
@@ -148,6 +167,10 @@ class Trainer(DefaultTrainer):
             f"{os.path.join(self.cfg.OUTPUT_DIR, 'model_last_good.pth')}: lower SOLVER.BASE_LR, "
             "lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS, then --resume."
         ) from error
+
+
+def _evaluates_teacher(cfg: CfgNode, model: nn.Module) -> bool:
+    return isinstance(model, SelfDistiller) and cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH
 
 
 class _RunningStatistics:

@@ -303,6 +303,21 @@ def test_the_teacher_is_evaluated_with_ground_truth_under_a_name_of_its_own(conf
     assert seen == [len(record["annotations"]) for record in records]
 
 
+def test_evaluation_alone_takes_the_teacher_from_the_checkpoint(config):
+    trained = run(config()).checkpointer.model
+    path = os.path.join(config().OUTPUT_DIR, "model_final.pth")
+    opts = ("MODEL.WEIGHTS", path, "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH", True)
+    model = Trainer.load_for_evaluation(config(*opts))
+    for ours, theirs in ((model, trained), (model.training_parts, trained.training_parts)):
+        state, expected = ours.state_dict(), theirs.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+    torch.save({"model": trained.state_dict()}, path)  # as exported: the detector alone
+    with pytest.raises(CheckpointError, match=r"lacks sssd: .*TEACHER_WITH_GROUND_TRUTH to False"):
+        Trainer.load_for_evaluation(config(*opts))
+    Trainer.load_for_evaluation(config("MODEL.WEIGHTS", path))
+
+
 def test_the_mapper_with_ground_truth_resizes_as_at_test_time(config):
     cfg = config("INPUT.MIN_SIZE_TEST", 48)
     record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
