@@ -1,0 +1,142 @@
+"""Classification networks by name, and where they make their logits."""
+
+import difflib
+from types import ModuleType
+from typing import Any
+
+import torchvision
+from torch import nn
+
+__all__ = ["build_network", "classifier_of"]
+
+_TORCHVISION = "torchvision/"
+
+
+def build_network(name: str, *, num_classes: int, in_chans: int = 3, **kwargs: Any) -> nn.Module:
+    """A classification network with random weights.
+
+    Its state dict is plain: ``timm.create_model`` or torchvision's function of that name, called
+    with the same arguments, loads it without sssd (``cifar_`` names are in timm's registry after
+    ``import sssd.classification.cifar``).
+
+    Args:
+        name: a name of timm ("resnet18"; "cifar_resnet20" and others of `sssd.classification.cifar`
+            are among them) or "torchvision/" and a name of ``torchvision.models``.
+        num_classes: number of logits.
+        in_chans: channels of the images; torchvision's networks take 3.
+        **kwargs: further arguments of the network, such as ``drop_rate`` or ``img_size`` (timm) or
+            ``aux_logits=False``, which torchvision's googlenet and inception_v3 need here.
+
+    Returns:
+        The network, in training mode: images (N, in_chans, H, W) -> logits (N, num_classes).
+
+    Raises:
+        ValueError: nothing has this name, the name asks for pretrained weights, num_classes is
+            below 1, or a network of torchvision was asked for other than 3 channels.
+        ImportError: timm is not installed.
+    """
+    if num_classes < 1:
+        raise ValueError(
+            f"The network {name!r} was asked for {num_classes} classes: give num_classes of at "
+            "least 1."
+        )
+    if name.startswith(_TORCHVISION):
+        short = name.removeprefix(_TORCHVISION)
+        if short not in _torchvision_names():
+            raise ValueError(_unknown(name))
+        if in_chans != 3:
+            raise ValueError(
+                f"The network {name!r} takes images of 3 channels, not {in_chans}: choose one of "
+                "timm's, which adapt their first layer, or give images of 3 channels."
+            )
+        return torchvision.models.get_model(short, weights=None, num_classes=num_classes, **kwargs)
+    timm = _timm()
+    architecture, _, tag = name.partition(".")
+    # timm itself would take "hf-hub:..." and "local-dir:..." as well, and download.
+    if ":" in name or not timm.is_model(architecture):
+        raise ValueError(_unknown(name))
+    if tag:
+        raise ValueError(
+            f"The network {name!r} names pretrained weights ({tag!r}), which are not loaded here: "
+            f"write {architecture!r}."
+        )
+    return timm.create_model(
+        name, pretrained=False, num_classes=num_classes, in_chans=in_chans, **kwargs
+    )
+
+
+def classifier_of(network: nn.Module) -> nn.Module:
+    """The module that makes the logits out of the embedding.
+
+    Args:
+        network: a network of timm, any with timm's ``get_classifier``, or one of torchvision.
+
+    Returns:
+        What ``get_classifier`` says; of torchvision's networks the last linear layer of ``fc``,
+        ``classifier``, ``heads`` or ``head``.
+
+    Raises:
+        ValueError: the network has no such module, or several.
+    """
+    kind = type(network).__name__
+    if hasattr(network, "get_classifier"):
+        classifier = network.get_classifier()
+        if isinstance(classifier, nn.Identity):
+            raise ValueError(
+                f"The network {kind} has no classifier: build it with num_classes of at least 1."
+            )
+        # Two heads as a tuple (DeiT's distilled networks) or one for each branch (CrossViT).
+        if not isinstance(classifier, nn.Module) or isinstance(
+            classifier, nn.ModuleList | nn.ModuleDict
+        ):
+            raise ValueError(
+                f"The get_classifier() of the network {kind} answers with a "
+                f"{type(classifier).__name__}, not with one module: choose a network with a single "
+                "classifier."
+            )
+        return classifier
+    for name in ("fc", "classifier", "heads", "head"):
+        linear = [m for m in getattr(network, name, nn.Identity()).modules() if _is_linear(m)]
+        if linear:
+            return linear[-1]
+    raise ValueError(
+        f"The network {kind} does not say which module makes its logits: give it a method "
+        "get_classifier() that returns this module, or choose a network of timm."
+    )
+
+
+def _timm() -> ModuleType:
+    """timm, with our networks among its own; imported late, since detectors do without."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "Networks for classification come from timm, which is not installed: run "
+            "pip install 'sssd[classification]'."
+        ) from error
+    from . import cifar  # noqa: F401  (registers them)
+
+    return timm
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _torchvision_names() -> list[str]:
+    # Of this module only: the detectors' functions download a backbone even without weights.
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _unknown(name: str) -> str:
+    """The sentence about a name that no network has, with the names it may have been meant as."""
+    known = [*_timm().list_models(), *(_TORCHVISION + n for n in _torchvision_names())]
+    bare = name.removeprefix(_TORCHVISION).partition(".")[0]
+    # "resnet20" means cifar_resnet20, though resnet200 has fewer letters that differ.
+    near = [n for n in known if n.removeprefix("cifar_").removeprefix(_TORCHVISION) == bare]
+    near += [n for n in difflib.get_close_matches(name, known, n=5, cutoff=0.5) if n not in near]
+    hint = f"did you mean {', '.join(near[:5])}" if near else "choose one of timm's"
+    return (
+        f"There is no network {name!r}: {hint} (timm.list_models() lists timm's and sssd's names; "
+        "torchvision's are written 'torchvision/resnet18')."
+    )
