@@ -172,6 +172,11 @@ def mse(a: Tensor, b: Tensor, *, dim: Dims | None = None, reduction: str = "mean
     return _reduce(squared, a.numel(), reduction)
 
 
+def mean_of(values: Tensor) -> Tensor:
+    """Mean of all values; 0 with its graph when there are none."""
+    return _reduce(values, values.numel(), "mean")
+
+
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

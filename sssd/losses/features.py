@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergence import _reduce, _widen, mse
+from .divergence import _reduce, _widen, mean_of, mse
 
 __all__ = [
     "activation_boundary_loss",
@@ -100,7 +100,7 @@ def attention_loss(
     if mode == "code":
         return mse(student, teacher)
     norms = torch.linalg.vector_norm(student - teacher, dim=1)
-    return _reduce(norms, norms.numel(), "mean")
+    return mean_of(norms)
 
 
 def factor_loss(student: Tensor, teacher: Tensor, *, p: int = 1) -> Tensor:
@@ -126,7 +126,7 @@ def factor_loss(student: Tensor, teacher: Tensor, *, p: int = 1) -> Tensor:
     teacher = unit_vectors(_widen(teacher.detach()).flatten(1))
     if p == 2:
         return mse(student, teacher)
-    return _reduce((student - teacher).abs(), student.numel(), "mean")
+    return mean_of((student - teacher).abs())
 
 
 def activation_boundary_loss(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .divergence import _reduce, _widen, mse, stable_root
+from .divergence import _widen, mean_of, mse, stable_root
 
 __all__ = [
     "gradient_attention_loss",
@@ -150,4 +150,4 @@ def gradient_symmetry_loss(gradient: Tensor, gradient_of_flipped: Tensor) -> Ten
 
 def _half_norm(a: Tensor, b: Tensor) -> Tensor:
     squares = mse(a, b, dim=tuple(range(1, a.ndim)), reduction="none")
-    return _reduce(stable_root(squares), len(squares), "mean") / 2
+    return mean_of(stable_root(squares)) / 2

@@ -9,7 +9,7 @@ are the caller's, unless a loss is defined by them.
 import torch
 from torch import Tensor
 
-from .divergence import _reduce, kl_divergence, log_probabilities
+from .divergence import kl_divergence, log_probabilities, mean_of
 
 __all__ = [
     "confidence_penalty",
@@ -59,7 +59,7 @@ def soft_cross_entropy(
     """
     check_logits("The soft cross-entropy", student, teacher)
     targets = log_probabilities(teacher.detach(), temperature=temperature).exp()
-    loss = _batch_mean(-(targets * log_probabilities(student, temperature=temperature)).sum(1))
+    loss = mean_of(-(targets * log_probabilities(student, temperature=temperature)).sum(1))
     return loss * temperature**2 if t_square else loss
 
 
@@ -76,7 +76,7 @@ def confidence_penalty(logits: Tensor) -> Tensor:
     """
     check_logits("The confidence penalty", logits)
     log_p = log_probabilities(logits)
-    return _batch_mean((log_p.exp() * log_p).sum(1))
+    return mean_of((log_p.exp() * log_p).sum(1))
 
 
 def confidence_weighted_cross_entropy(student: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def top_score_difference(logits: Tensor, k: int = 5) -> Tensor:
             f"{logits.shape[1]}."
         )
     scores = log_probabilities(logits).exp().topk(k, dim=1).values
-    return _batch_mean(scores[:, 0] - scores[:, 1:].mean(1))
+    return mean_of(scores[:, 0] - scores[:, 1:].mean(1))
 
 
 def tolerant_teacher_loss(logits: Tensor, labels: Tensor, *, k: int = 5, eta: float) -> Tensor:
@@ -171,7 +171,7 @@ def tolerant_teacher_loss(logits: Tensor, labels: Tensor, *, k: int = 5, eta: fl
     """
     _check_eta(eta)
     difference = top_score_difference(logits, k)
-    return eta * _batch_mean(cross_entropies(logits, labels)) + (1 - eta) * difference
+    return eta * mean_of(cross_entropies(logits, labels)) + (1 - eta) * difference
 
 
 def target_confidence(eta: float, k: int = 5) -> float:
@@ -241,10 +241,6 @@ def check_logits(loss: str, *logits: Tensor) -> None:
             f"{loss} needs logits (images, classes), for the same images and classes; got "
             f"{' and '.join(map(str, shapes))}."
         )
-
-
-def _batch_mean(values: Tensor) -> Tensor:
-    return _reduce(values, values.numel(), "mean")
 
 
 def _check_eta(eta: float) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .divergence import _widen
-from .logits import _batch_mean, check_logits, cross_entropies, kd_loss, soft_cross_entropy
+from .divergence import _widen, mean_of
+from .logits import check_logits, cross_entropies, kd_loss, soft_cross_entropy
 
 __all__ = [
     "gated_ensemble",
@@ -104,8 +104,8 @@ def one_loss(
     each = branches.unbind(1)
     distances = (kd_loss(branch, ensemble, temperature=temperature) for branch in each)
     return {
-        "cross_entropy": sum(_batch_mean(cross_entropies(branch, labels)) for branch in each),
-        "ensemble_cross_entropy": _batch_mean(cross_entropies(ensemble, labels)),
+        "cross_entropy": sum(mean_of(cross_entropies(branch, labels)) for branch in each),
+        "ensemble_cross_entropy": mean_of(cross_entropies(ensemble, labels)),
         "distillation": distill_weight * sum(distances),
     }
 
@@ -179,9 +179,9 @@ def own_teacher_loss(
     distances = (
         function(head, deepest, temperature=temperature, t_square=t_square) for head in earlier
     )
-    hard = sum(_batch_mean(cross_entropies(head, labels)) for head in earlier)
+    hard = sum(mean_of(cross_entropies(head, labels)) for head in earlier)
     return {
-        "deepest_cross_entropy": deepest_weight * _batch_mean(cross_entropies(deepest, labels)),
+        "deepest_cross_entropy": deepest_weight * mean_of(cross_entropies(deepest, labels)),
         "cross_entropy": (1 - alpha) * hard,
         "distillation": alpha * sum(distances),
     }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergence import _reduce, _widen
+from .divergence import _widen, mean_of
 from .features import unit_vectors
 
 __all__ = ["rkd_angle_loss", "rkd_distance_loss"]
@@ -116,5 +116,4 @@ def _embeddings(student: Tensor, teacher: Tensor, normalize: bool) -> tuple[Tens
 
 
 def _smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    values = F.smooth_l1_loss(student, teacher, reduction="none")
-    return _reduce(values, values.numel(), "mean")
+    return mean_of(F.smooth_l1_loss(student, teacher, reduction="none"))

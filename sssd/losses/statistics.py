@@ -6,7 +6,7 @@ Shapes, precision and stopped gradients as in features.py.
 import torch
 from torch import Tensor
 
-from .divergence import _reduce, _widen, mse
+from .divergence import _widen, mean_of, mse
 from .features import _check_choice, pool_to_smaller, unit_vectors
 
 __all__ = ["fsp_loss", "fsp_matrix", "mmd_loss"]
@@ -69,7 +69,7 @@ def mmd_loss(
             return torch.exp(-_squared_distances(a, b) / (2 * variance)).mean((1, 2))
 
     squared = mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(s, t)
-    return _reduce(squared, squared.numel(), "mean")
+    return mean_of(squared)
 
 
 def fsp_matrix(first: Tensor, last: Tensor, *, pool: str = "max") -> Tensor:
@@ -121,7 +121,7 @@ def fsp_loss(student: Tensor, teacher: Tensor, *, norm: str = "frobenius") -> Te
     if norm == "mean_square":
         return mse(student, teacher)
     norms = torch.linalg.vector_norm(_widen(student) - _widen(teacher), dim=1).sum(1)
-    return _reduce(norms, norms.numel(), "mean")
+    return mean_of(norms)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

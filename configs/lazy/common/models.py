@@ -39,6 +39,15 @@ def _resnet_50(out_features):
     )
 
 
+def _pooler(output_size):
+    return L(ROIPooler)(
+        output_size=output_size,
+        scales=(1 / 4, 1 / 8, 1 / 16, 1 / 32),
+        sampling_ratio=0,
+        pooler_type="ROIAlignV2",
+    )
+
+
 def _dense_backbone(top_block):
     return L(FPN)(
         bottom_up=_resnet_50(["res3", "res4", "res5"]),
@@ -81,12 +90,7 @@ faster_rcnn = L(GeneralizedRCNN)(
             thresholds=[0.5], labels=[0, 1], allow_low_quality_matches=False
         ),
         box_in_features=["p2", "p3", "p4", "p5"],
-        box_pooler=L(ROIPooler)(
-            output_size=7,
-            scales=(1 / 4, 1 / 8, 1 / 16, 1 / 32),
-            sampling_ratio=0,
-            pooler_type="ROIAlignV2",
-        ),
+        box_pooler=_pooler(7),
         box_head=L(FastRCNNConvFCHead)(
             input_shape=ShapeSpec(channels=256, height=7, width=7),
             conv_dims=[],
@@ -106,12 +110,7 @@ faster_rcnn = L(GeneralizedRCNN)(
 mask_rcnn = deepcopy(faster_rcnn)
 mask_rcnn.roi_heads.update(
     mask_in_features=["p2", "p3", "p4", "p5"],
-    mask_pooler=L(ROIPooler)(
-        output_size=14,
-        scales=(1 / 4, 1 / 8, 1 / 16, 1 / 32),
-        sampling_ratio=0,
-        pooler_type="ROIAlignV2",
-    ),
+    mask_pooler=_pooler(14),
     mask_head=L(MaskRCNNConvUpsampleHead)(
         input_shape=ShapeSpec(channels=256, width=14, height=14),
         num_classes="${..num_classes}",
