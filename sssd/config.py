@@ -158,3 +158,39 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.FCOS.SCORE_THRESH_TEST = 0.2
     cfg.MODEL.SSSD.FCOS.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.SSSD.FCOS.NMS_THRESH_TEST = 0.6
+
+    # ---- Image classification: META_ARCHITECTURE "ClassificationDistiller" ----
+    # (MODEL.PIXEL_MEAN and PIXEL_STD count as many values as the images have channels.)
+    cfg.MODEL.SSSD.CLASSIFIER = CN()
+    # The student: a name of timm, or "torchvision/" and a name of torchvision.
+    cfg.MODEL.SSSD.CLASSIFIER.NETWORK = ""
+    # Further arguments of that network, such as drop_rate.
+    cfg.MODEL.SSSD.CLASSIFIER.NETWORK_OPTIONS = CN(new_allowed=True)
+    cfg.MODEL.SSSD.CLASSIFIER.NUM_CLASSES = 10
+    # Height and width of the images in pixels, and how they are augmented: "none", "crop",
+    # "crop_flip" or "resized_crop".
+    cfg.MODEL.SSSD.CLASSIFIER.SIZE = 32
+    cfg.MODEL.SSSD.CLASSIFIER.AUGMENTATION = "crop_flip"
+    # The loss: a list of terms, each a dict with its name, weight and options (docs/methods).
+    cfg.MODEL.SSSD.CLASSIFIER.TERMS = [{"name": "cross_entropy"}]
+    # Names of networks that learn beside the student, for mutual learning.
+    cfg.MODEL.SSSD.CLASSIFIER.PEERS = []
+
+    cfg.MODEL.SSSD.CLASSIFIER.TEACHER = CN()
+    # Name of the teacher's network; "" for none.
+    cfg.MODEL.SSSD.CLASSIFIER.TEACHER.NETWORK = ""
+    # Its checkpoint; "" to train it in a first stage, by TEACHER.TERMS.
+    cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""
+    cfg.MODEL.SSSD.CLASSIFIER.TEACHER.TERMS = [{"name": "cross_entropy"}]
+
+    # Stages before that of TERMS, each of which hands its student and its terms to the next: dicts
+    # with "name" (its folder), "terms", "length" (share of the schedule, default 1) and "opts"
+    # (keys and values of the config in which it differs).
+    cfg.MODEL.SSSD.CLASSIFIER.STAGES = []
+    # Instead: a list of terms for each generation. Every generation starts anew, with the one
+    # before as its teacher.
+    cfg.MODEL.SSSD.CLASSIFIER.GENERATIONS = []
+    # What the ensemble of the generations averages: "probabilities" or "logits".
+    cfg.MODEL.SSSD.CLASSIFIER.ENSEMBLE = "probabilities"
+    # Images of a batch in evaluation, for each process.
+    cfg.MODEL.SSSD.CLASSIFIER.TEST_BATCH = 256

@@ -37,7 +37,7 @@ from sssd.engine import (
     Checkpointer,
     DistillationMetrics,
     describe_distillation,
-    hold_frozen_backbone,
+    hold_frozen_parameters,
     initialise_second_step,
     launch_script,
 )
@@ -60,7 +60,7 @@ def do_train(args: argparse.Namespace, cfg: DictConfig) -> None:
     optimizer = instantiate(cfg.optimizer)
     of_distillation = []
     if isinstance(model, SelfDistiller):
-        hold_frozen_backbone(optimizer, model)
+        hold_frozen_parameters(optimizer, model)
         of_distillation = [DistillationMetrics(model)]
         logging.getLogger("detectron2").info(describe_distillation(model))
 

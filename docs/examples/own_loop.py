@@ -16,7 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from sssd.engine import Checkpointer, hold_frozen_backbone, optimizer_params
+from sssd.engine import Checkpointer, hold_frozen_parameters, optimizer_params
 from sssd.losses import coefficient_schedule
 
 
@@ -37,7 +37,7 @@ def main(config_file, annotations, images, output_dir, *opts):
     groups = optimizer_params(model, base_lr=0.001, weight_decay_norm=0.0)
     optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9, weight_decay=1e-4)
     # Keeps weight decay and momentum from moving the backbone while it is frozen.
-    hold_frozen_backbone(optimizer, model)
+    hold_frozen_parameters(optimizer, model)
     # The checkpoint's "model" is the detector; the teacher lies beside it under "sssd".
     os.makedirs(output_dir, exist_ok=True)
     checkpointer = Checkpointer(model, output_dir, optimizer=optimizer)

@@ -1,6 +1,20 @@
-"""Image classification: networks by name, and what they compute inside."""
+"""Image classification: networks by name, what they compute inside, and the terms of their loss."""
 
+from .batch import Batch
 from .capture import Capture
-from .networks import build_network, classifier_of
+from .networks import build_network, classifier_of, load_network_weights
+from .term import TERMS, Surroundings, Term, Terms, build_terms, register_term
 
-__all__ = ["Capture", "build_network", "classifier_of"]
+__all__ = [
+    "Batch",
+    "Capture",
+    "Surroundings",
+    "TERMS",
+    "Term",
+    "Terms",
+    "build_network",
+    "build_terms",
+    "classifier_of",
+    "load_network_weights",
+    "register_term",
+]

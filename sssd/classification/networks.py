@@ -4,10 +4,11 @@ import difflib
 from types import ModuleType
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
-__all__ = ["build_network", "classifier_of"]
+__all__ = ["build_network", "classifier_of", "load_network_weights"]
 
 _TORCHVISION = "torchvision/"
 
@@ -103,6 +104,49 @@ def classifier_of(network: nn.Module) -> nn.Module:
         f"The network {kind} does not say which module makes its logits: give it a method "
         "get_classifier() that returns this module, or choose a network of timm."
     )
+
+
+def load_network_weights(network: nn.Module, path: str, name: str) -> None:
+    """Fills a network from a file: a state dict, or a checkpoint that has one under "model".
+
+    Args:
+        network: what ``build_network`` gave.
+        path: of the file.
+        name: of the network, for the errors.
+
+    Raises:
+        ValueError: the file is missing or damaged, or of another architecture or class count.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"The weights {path} of the network {name!r} do not exist: correct the path, or train "
+            "them first."
+        ) from error
+    except Exception as error:  # unpickling raises all kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"The weights {path} of the network {name!r} cannot be read ({reason}): the file is "
+            "truncated or no checkpoint; use another one."
+        ) from error
+    if isinstance(state, dict):
+        state = state.get("model", state)
+    state = state if isinstance(state, dict) else {}
+    own = network.state_dict()
+    strange = next((key for key in state if key not in own), None)
+    lost = next((key for key in own if key not in state), None)
+    other = next((key for key in own if key in state and own[key].shape != state[key].shape), None)
+    if strange is None and lost is None and other is None:
+        network.load_state_dict(state)
+        return
+    if strange is not None or lost is not None:
+        found = f"it has {strange!r}" if strange is not None else f"it lacks {lost!r}"
+        fix = "name the network that was trained"
+    else:
+        found = f"{other!r} is {tuple(state[other].shape)} there and {tuple(own[other].shape)} here"
+        fix = "use weights of the same network and number of classes"
+    raise ValueError(f"The weights {path} do not fit the network {name!r} ({found}): {fix}.")
 
 
 def _timm() -> ModuleType:

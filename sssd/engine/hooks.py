@@ -39,7 +39,15 @@ class DistillationMetrics(HookBase):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, which also remembers the best value over a resume."""
+    """Detectron2's, which also remembers the best value over a resume.
+
+    After a failure in the last iteration it saves nothing: Detectron2's would, and a resume from
+    that file would take the training for complete.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_metric": self.best_metric, "best_iter": self.best_iter}

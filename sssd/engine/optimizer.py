@@ -11,7 +11,7 @@ from torch import nn
 
 from ..meta_arch import SelfDistiller
 
-__all__ = ["build_optimizer", "hold_frozen_backbone", "optimizer_params"]
+__all__ = ["build_optimizer", "hold_frozen_parameters", "optimizer_params"]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -34,7 +34,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if model.teaches:
         for group in build_stock_optimizer(teacher, model.teacher).param_groups:
             optimizer.add_param_group(group)
-    hold_frozen_backbone(optimizer, model)
+    hold_frozen_parameters(optimizer, model)
     return optimizer
 
 
@@ -63,7 +63,7 @@ def _student_side(model: SelfDistiller) -> nn.Module:
     return nn.ModuleList([model.student, *others])
 
 
-def hold_frozen_backbone(optimizer: torch.optim.Optimizer, model: SelfDistiller) -> None:
+def hold_frozen_parameters(optimizer: torch.optim.Optimizer, model: SelfDistiller) -> None:
     """Makes ``optimizer`` leave the backbone alone while it is frozen.
 
     A frozen parameter has a gradient of zero (DistributedDataParallel wants one), and with that,

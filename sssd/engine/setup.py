@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from glob import escape, glob
 from typing import Any
 
 import torch
@@ -87,10 +88,11 @@ def check_resumed_config(cfg: CfgNode) -> None:
 
     The schedule may change (to train longer). Does nothing where there is no run to continue.
     """
+    folder = escape(cfg.OUTPUT_DIR)
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        return
-    if not os.path.isfile(path):
+    # Of a run of several stages, each leaves its checkpoints in a folder of its own.
+    begun = [name for name in ("", "*") if glob(os.path.join(folder, name, "last_checkpoint"))]
+    if not begun or not os.path.isfile(path):
         return
     with open(path) as f:
         before = _flatten(yaml.safe_load(f))

@@ -38,6 +38,8 @@ class Trainer(DefaultTrainer):
     finite stops the run with its name after the last good state is saved.
     """
 
+    best_metric = "bbox/AP"  # by which the best checkpoint is chosen
+
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
         self._losses: dict[str, Tensor] = {}
@@ -91,10 +93,15 @@ class Trainer(DefaultTrainer):
         path = cfg.MODEL.WEIGHTS
         if resume and checkpointer.has_checkpoint():
             path = checkpointer.get_checkpoint_file()
-        # A teacher from random weights would be evaluated without a word.
-        parts = ["sssd"] if _evaluates_teacher(cfg, model) else []
+        parts = cls.parts_in_evaluation(cfg, model)
         checkpointer.load(path, checkpointables=parts, whole=True)
         return model
+
+    @classmethod
+    def parts_in_evaluation(cls, cfg: CfgNode, model: nn.Module) -> list[str]:
+        """What of a checkpoint, besides the model, evaluation runs."""
+        # A teacher from random weights would be evaluated without a word.
+        return ["sssd"] if _evaluates_teacher(cfg, model) else []
 
     def build_hooks(self) -> list:
         # DefaultTrainer makes its checkpointer just before its hooks, which keep a reference.
@@ -105,7 +112,7 @@ class Trainer(DefaultTrainer):
             # First, so that every writer of the same iteration finds the values.
             hooks.insert(0, DistillationMetrics(self.checkpointer.model))
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
-            metric = "bbox/AP"
+            metric = self.best_metric
             if len(self.cfg.DATASETS.TEST) > 1:
                 metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
             best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric)

@@ -28,6 +28,7 @@ from .gradients import (
 from .logits import (
     confidence_penalty,
     confidence_weighted_cross_entropy,
+    cross_entropy,
     eta_from_target_confidence,
     kd_loss,
     permute_dark_knowledge,
@@ -40,6 +41,7 @@ from .normalisation import instance_norm, layer_norm
 from .online import (
     gated_ensemble,
     gaussian_rampup,
+    mean_ensemble,
     mutual_learning_loss,
     one_loss,
     own_teacher_loss,
@@ -62,6 +64,7 @@ __all__ = [
     "confidence_weighted_cross_entropy",
     "constant_coefficient",
     "cosine_coefficient",
+    "cross_entropy",
     "eta_from_target_confidence",
     "factor_loss",
     "fsp_loss",
@@ -81,6 +84,7 @@ __all__ = [
     "layer_norm",
     "linear_coefficient",
     "log_probabilities",
+    "mean_ensemble",
     "mmd_loss",
     "mse",
     "mutual_learning_loss",

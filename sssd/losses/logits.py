@@ -14,6 +14,7 @@ from .divergence import kl_divergence, log_probabilities, mean_of
 __all__ = [
     "confidence_penalty",
     "confidence_weighted_cross_entropy",
+    "cross_entropy",
     "eta_from_target_confidence",
     "kd_loss",
     "permute_dark_knowledge",
@@ -61,6 +62,25 @@ def soft_cross_entropy(
     targets = log_probabilities(teacher.detach(), temperature=temperature).exp()
     loss = mean_of(-(targets * log_probabilities(student, temperature=temperature)).sum(1))
     return loss * temperature**2 if t_square else loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with the labels, where need be smoothed (Szegedy et al., 1512.00567).
+
+    Args:
+        logits: (B, C).
+        labels: (B,), int64, within 0..C-1.
+        label_smoothing: share of each target that is spread evenly over all C classes.
+
+    Raises:
+        ValueError: for a share that is not in [0, 1), or labels as in :func:`cross_entropies`.
+    """
+    check_label_smoothing(label_smoothing)
+    loss = mean_of(cross_entropies(logits, labels))
+    if not label_smoothing:
+        return loss
+    spread = mean_of(-log_probabilities(logits).mean(1))
+    return (1 - label_smoothing) * loss + label_smoothing * spread
 
 
 def confidence_penalty(logits: Tensor) -> Tensor:
@@ -241,6 +261,12 @@ def check_logits(loss: str, *logits: Tensor) -> None:
             f"{loss} needs logits (images, classes), for the same images and classes; got "
             f"{' and '.join(map(str, shapes))}."
         )
+
+
+def check_label_smoothing(share: float) -> None:
+    """Raises ValueError for a share of the target that cannot be spread."""
+    if not 0 <= share < 1:
+        raise ValueError(f"The label smoothing must be at least 0 and below 1, got {share}.")
 
 
 def _check_eta(eta: float) -> None:

@@ -8,14 +8,16 @@ loss is a mean over the batch, and an empty batch gives 0 with its graph.
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from .divergence import _widen, mean_of
+from .divergence import _widen, log_probabilities, mean_of
 from .logits import check_logits, cross_entropies, kd_loss, soft_cross_entropy
 
 __all__ = [
     "gated_ensemble",
     "gaussian_rampup",
+    "mean_ensemble",
     "mutual_learning_loss",
     "one_loss",
     "own_teacher_loss",
@@ -68,6 +70,31 @@ def gated_ensemble(branches: Tensor, gates: Tensor) -> Tensor:
             f"got {tuple(branches.shape)} and {tuple(gates.shape)}."
         )
     return (_widen(gates)[:, :, None] * _widen(branches)).sum(1)
+
+
+def mean_ensemble(logits: Sequence[Tensor], *, average: str = "probabilities") -> Tensor:
+    """Logits of an ensemble in which all members count alike.
+
+    Args:
+        logits: (B, C) of each member, at least one.
+        average: "probabilities", whose mean is given as its logarithm, or "logits". Born-Again
+            networks (1805.04770) leave open which; BYOT's official code averages logits.
+
+    Returns:
+        (B, C), float32 or wider.
+
+    Raises:
+        ValueError: for no member, logits of other or unequal shapes, or an unknown average.
+    """
+    if average not in ("probabilities", "logits"):
+        raise ValueError(f"Unknown average {average!r}; use 'probabilities' or 'logits'.")
+    if len(logits) == 0:
+        raise ValueError("An ensemble needs the logits of at least one member, got none.")
+    check_logits("An ensemble", *logits)
+    if average == "logits":
+        return torch.stack([_widen(x) for x in logits]).mean(0)
+    log_p = torch.stack([log_probabilities(x) for x in logits])
+    return log_p.logsumexp(0) - math.log(len(logits))
 
 
 def one_loss(

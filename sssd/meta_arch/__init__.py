@@ -4,8 +4,9 @@ from .. import _detectron2  # noqa: F401
 
 # isort: split
 from . import fcos  # noqa: F401  (registers Detectron2FCOS)
+from .classifier import ClassificationDistiller
 from .phases import Phases
 from .self_distiller import SelfDistiller, distill
 from .teachers import TEACHER_REGISTRY
 
-__all__ = ["TEACHER_REGISTRY", "Phases", "SelfDistiller", "distill"]
+__all__ = ["TEACHER_REGISTRY", "ClassificationDistiller", "Phases", "SelfDistiller", "distill"]

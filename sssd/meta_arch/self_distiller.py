@@ -27,12 +27,13 @@ from .passes import (
     replayed_pyramid,
 )
 from .phases import Phases
+from .student_wrapper import StudentWrapper
 
 __all__ = ["SelfDistiller", "distill"]
 
 
 @META_ARCH_REGISTRY.register()
-class SelfDistiller(nn.Module):
+class SelfDistiller(StudentWrapper):
     """Trains ``student``, a stock detector, with a teacher that is made from the ground truth.
 
     In training, each call
@@ -142,7 +143,7 @@ class SelfDistiller(nn.Module):
             raise RuntimeError(never_calls_backbone(self.student))
 
         coefficient = None if self.schedule is None else self.schedule(iteration)
-        untouched = self._untouched(iteration)
+        untouched = self.untouched(iteration)
         if coefficient == 0 and not self.teaches:
             self.last_distance, self.last_coefficient = None, coefficient
             return {**losses, "loss_distill": untouched}
@@ -207,10 +208,6 @@ class SelfDistiller(nn.Module):
         """The part of the student that the freezing phase freezes: the backbone below the FPN."""
         return getattr(self.student.backbone, "bottom_up", self.student.backbone)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.student.parameters()).device
-
     def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
         """Parameters that ``iteration`` leaves as they are although the config trains them."""
         frozen = []
@@ -242,45 +239,6 @@ class SelfDistiller(nn.Module):
         for name, (value, _) in events.latest().items():
             storage.put_scalar(f"teacher/{name}", value, events.smoothing_hints()[name])
         return {f"teacher_{name}": self.teacher_loss_weight * x for name, x in losses.items()}
-
-    def _untouched(self, iteration: int) -> Tensor | float:
-        """0, through every parameter that this iteration leaves out of the graph otherwise.
-
-        DistributedDataParallel waits for a gradient of each parameter.
-        """
-        return 0.0 * sum((p.sum() for p in self.frozen_parameters(iteration)), 0.0)
-
-    # ---- To everybody else it is the student ----
-
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper lacks is looked up in the student: ``model.backbone`` and the like.
-
-        Checkpointers walk the modules by the names in the state dict; other people's code
-        expects the attributes of the detector that it knows.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "student" or name.startswith("__"):
-                raise
-            return getattr(self.student, name)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The student's, under its stock names."""
-        return self.student.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loads a stock state dict into the student; the training parts stay as they are."""
-        return self.student.load_state_dict(state_dict, *args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
-        # Reached only when an enclosing module loads: that walks our children by attribute names,
-        # which are not the names that state_dict() gives.
-        raise RuntimeError(
-            "The state dict of SelfDistiller has the names of its student; load it into the "
-            "SelfDistiller itself (model.module of a DistributedDataParallel), not into a module "
-            "around it."
-        )
 
     def __prepare_scriptable__(self) -> None:
         _refuse_export(scripting=True)

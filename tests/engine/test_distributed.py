@@ -15,7 +15,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from sssd.engine import hold_frozen_backbone
+from sssd.engine import hold_frozen_parameters
 from tests.detectors import tiny_config, training_input
 
 STEPS = 4
@@ -33,7 +33,7 @@ def train_one_rank(rank, port, folder):
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
-    hold_frozen_backbone(optimizer, model)
+    hold_frozen_parameters(optimizer, model)
     # No find_unused_parameters: every parameter must take part by itself.
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     torch.manual_seed(rank)

@@ -157,12 +157,12 @@ def test_frozen_backbone_moves_nothing_and_then_trains(clipping):
         "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 2, "SOLVER.WEIGHT_DECAY", 0.1,
         "SOLVER.MOMENTUM", 0.9,
     )  # fmt: skip
-    from sssd.engine import hold_frozen_backbone
+    from sssd.engine import hold_frozen_parameters
 
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
-    hold_frozen_backbone(optimizer, model)
+    hold_frozen_parameters(optimizer, model)
     trainer = SimpleTrainer(model, [training_batch(i) for i in range(3)], optimizer)
     bottom_up = model.student.backbone.bottom_up
     before = copy.deepcopy(bottom_up.state_dict())

@@ -1,0 +1,29 @@
+"""Deep mutual learning (DML; Zhang et al., arXiv 1706.00384).
+
+The networks of MODEL.SSSD.CLASSIFIER.PEERS learn beside the student, each with all the terms of the
+config, and are updated in turn: one that learns sees what the others, just updated, predict.
+"""
+
+from torch import Tensor
+
+from ...losses import mutual_learning_loss
+from ..batch import Batch
+from ..term import Surroundings, Term, register_term
+
+
+@register_term("mutual")
+class MutualLearning(Term):
+    """KL(p_peer || p) at temperature 1, over the peers."""
+
+    needs_peers = True
+
+    def __init__(self, surroundings: Surroundings, reduction: str = "mean") -> None:
+        """
+        Args:
+            reduction: over the peers, "mean" (paper) or "sum" (official code).
+        """
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, batch: Batch) -> Tensor:
+        return mutual_learning_loss(batch.logits, batch.peers, reduction=self.reduction)

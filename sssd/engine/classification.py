@@ -1,0 +1,142 @@
+"""The trainer of image classifiers."""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..classification.term import Term, term_class
+from ..data.classification_check import check_classification_dataset
+from ..data.classification_loader import (
+    build_classification_test_loader,
+    build_classification_train_loader,
+)
+from ..data.classification_mapper import ClassificationMapper
+from ..evaluation import ClassificationEvaluator
+from .optimizer import hold_frozen_parameters
+from .rehearsal import rehearse
+from .trainer import Trainer
+
+__all__ = ["ClassificationTrainer", "check_classification_data"]
+
+logger = logging.getLogger("sssd")
+
+
+class ClassificationTrainer(Trainer):
+    """Trains one stage of a classification distillation: what MODEL.SSSD.CLASSIFIER.TERMS says.
+
+    Over `Trainer`: datasets of classification, accuracy instead of average precision, and with
+    several networks that learn (mutual learning) an update of each in turn in every iteration, on
+    the same batch.
+    """
+
+    best_metric = "classification/top1"
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        check_classification_data(cfg)
+        model = super(Trainer, cls).build_model(cfg)
+        frozen = rehearse(model, cfg.MODEL.SSSD.CLASSIFIER.SIZE)
+        if frozen:
+            logger.info(
+                "No term reaches %d of the parameters, which stay as they are (%s and others).",
+                len(frozen),
+                frozen[0],
+            )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(cfg, model)
+        if model.num_learners > 1:
+            hold_frozen_parameters(optimizer, model)
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+        keys = cfg.MODEL.SSSD.CLASSIFIER
+        loader = build_classification_train_loader(
+            cfg.DATASETS.TRAIN,
+            ClassificationMapper(True, keys.SIZE, keys.AUGMENTATION),
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            seed=cfg.SEED if cfg.SEED >= 0 else None,
+            pairs=any(term_class(spec).needs_pairs for spec in keys.TERMS),
+        )
+        return _Repeated(loader, 1 + len(keys.PEERS)) if keys.PEERS else loader
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        keys = cfg.MODEL.SSSD.CLASSIFIER
+        return build_classification_test_loader(
+            dataset_name,
+            ClassificationMapper(False, keys.SIZE, keys.AUGMENTATION),
+            batch_size=keys.TEST_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
+        return ClassificationEvaluator(dataset_name)
+
+    @classmethod
+    def parts_in_evaluation(cls, cfg: CfgNode, model: nn.Module) -> list[str]:
+        # Heads, branches and peers classify as well; from random weights they would say nothing.
+        terms = model.training_parts["terms"][0].values()
+        predicts = any(type(term).predict is not Term.predict for term in terms)
+        return ["sssd"] if predicts or model.num_learners > 1 else []
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and self.checkpointer.has_checkpoint():
+            return
+        earlier = _terms_of(self.cfg.MODEL.WEIGHTS)
+        for terms in self.checkpointer.model.training_parts["terms"]:
+            for term in terms.values():
+                term.take_over(earlier)
+
+    def run_step(self) -> None:
+        model = self.checkpointer.model
+        for learner in range(model.num_learners):
+            model.learner = learner
+            super().run_step()
+        model.learner = 0
+
+
+class _Repeated:
+    """Every batch of a loader several times over: once for each network that learns from it."""
+
+    def __init__(self, loader: Iterable, times: int) -> None:
+        self.loader, self.times = loader, times
+
+    def __iter__(self) -> Iterator:
+        for batch in self.loader:
+            for _ in range(self.times):
+                yield batch
+
+
+def check_classification_data(cfg: CfgNode) -> None:
+    """Checks the datasets of a config against the number of classes, and counts them in the log."""
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        report = check_classification_dataset(name, cfg.MODEL.SSSD.CLASSIFIER.NUM_CLASSES)
+        if comm.is_main_process():
+            logger.info(report.summary())
+
+
+def _terms_of(path: str) -> dict[str, dict[str, Tensor]]:
+    """State of each term that a checkpoint of an earlier stage holds."""
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    if path and os.path.isfile(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key, value in checkpoint.get("sssd", {}).items():
+            kind, _, rest = key.partition(".")
+            if kind == "terms":
+                _, term, parameter = rest.split(".", 2)
+                states[term][parameter] = value
+    return dict(states)
