@@ -99,6 +99,9 @@ say "installing Detectron2 v0.6 without its compiled extension"
 install --no-deps --no-build-isolation --require-hashes -r requirements/detectron2.txt \
     -C--global-option=build_py -C--build-option=--skip-build
 
+say "installing torchdistill, with which the tests compare the classification losses"
+install --no-deps --require-hashes -r requirements/torchdistill.txt
+
 say "installing sssd from this folder"
 install --no-deps --no-build-isolation --editable .
 

@@ -1,17 +1,21 @@
-"""The examples of docs/your_project.md work as they stand there."""
+"""The examples of docs/your_project.md and docs/classification.md work as they stand there."""
 
 import json
 import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
+from PIL import Image
 
+from sssd.classification.term import TERMS
 from sssd.engine.export import stock_config
 from sssd.losses import DISTANCES, pyramid_distance
 from sssd.meta_arch.teachers import TEACHER_REGISTRY
@@ -59,8 +63,9 @@ def loads_into_stock_detectron2(path):
     return saved
 
 
-def test_the_page_shows_every_example():
-    page = (REPOSITORY / "docs" / "your_project.md").read_text()
+def test_the_pages_show_every_example():
+    names = ("your_project.md", "classification.md")
+    page = "\n".join((REPOSITORY / "docs" / name).read_text() for name in names)
     shown = set(re.findall(r"examples/(\w+\.py)", page))
     assert shown == {path.name for path in EXAMPLES.glob("*.py")}
     for path in EXAMPLES.glob("*.py"):
@@ -148,3 +153,76 @@ def test_new_teacher(spots, detector):
     cfg.MODEL.SSSD.TEACHER.NAME = "spot"
     with pytest.raises(ValueError, match="'spot'.*use one of label_encoding, label_map, spots"):
         build(cfg)
+
+
+def logged(folder):
+    """The last value of all that a training has logged."""
+    values = {}
+    for line in (folder / "metrics.json").read_text().splitlines():
+        values.update(json.loads(line))
+    return values
+
+
+@pytest.fixture
+def similarity():
+    before = dict(TERMS)
+    yield runpy.run_path(str(EXAMPLES / "new_term.py"))
+    TERMS.clear()
+    TERMS.update(before)
+
+
+def test_new_term(similarity):
+    loss = similarity["Similarity"].compare
+    # Two images alike and one apart, to the teacher; all alike, to the student: rows of unit norm
+    # (1, 1, 0) / sqrt 2 twice and (0, 0, 1), against (1, 1, 1) / sqrt 3.
+    teacher = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 5.0]])
+    student = torch.ones(3, 7, 2, 2, requires_grad=True)
+    a, b = 2**-0.5, 3**-0.5
+    expected = (2 * (2 * (a - b) ** 2 + b**2) + 2 * b**2 + (1 - b) ** 2) / 9
+    value = loss(None, student, teacher)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert loss(None, 3 * teacher, teacher).item() == pytest.approx(0, abs=1e-12)
+    value.backward()
+    assert student.grad.isfinite().all() and student.grad.abs().sum() > 0
+
+
+def test_new_term_trains_from_its_config(similarity, tmp_path, run):
+    # Registered already: running the script as well would be a second registration.
+    TERMS.pop("similarity")
+    run(
+        EXAMPLES / "new_term.py", "--config-file", EXAMPLES / "new_term.yaml", "OUTPUT_DIR",
+        tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "(1,)", "SEED", 1,
+    )  # fmt: skip
+    assert logged(tmp_path)["loss_similarity"] > 0
+    assert {"teacher", "student"} == json.loads((tmp_path / "results.json").read_text()).keys()
+    student = timm.create_model("cifar_resnet8", num_classes=10, in_chans=1)
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    student.load_state_dict(saved["model"], strict=True)
+
+
+def test_own_images(tmp_path, run):
+    random = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for label in ("cats", "dogs"):
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                pixels = random.integers(0, 256, (70, 80, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    output = tmp_path / "output"
+    try:
+        run(
+            EXAMPLES / "own_images.py", tmp_path / "train", tmp_path / "val", "--config-file",
+            EXAMPLES / "own_images.yaml", "OUTPUT_DIR", output, "SOLVER.MAX_ITER", 2,
+            "SOLVER.STEPS", "(1,)", "SOLVER.IMS_PER_BATCH", 4,
+        )  # fmt: skip
+    finally:
+        for name in ("own_train", "own_val"):
+            if name in DatasetCatalog:
+                DatasetCatalog.remove(name)
+                MetadataCatalog.remove(name)
+    losses = logged(output)
+    assert losses["loss_kd"] > 0 and losses["loss_attention"] > 0
+    saved = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    # The width is NETWORK_OPTIONS', the class count the config's.
+    assert saved["stage1.0.weight"].shape == (48, 3, 3, 3) and saved["fc.bias"].shape == (2,)

@@ -71,12 +71,13 @@ def checkout(tmp_path) -> Checkout:
 def test_installs_once_then_updates_when_a_requirement_changes(checkout):
     status, output, calls = checkout.install()
     assert status == 0, output
-    assert [call.split()[0] for call in calls] == ["pip", "uv", "uv", "uv"]
+    assert [call.split()[0] for call in calls] == ["pip"] + ["uv"] * 4
     assert "-r requirements/bootstrap.txt" in calls[0]
     assert "-r requirements/requirements.txt" in calls[1]
     assert "--require-hashes -r requirements/detectron2.txt" in calls[2]
     assert "--no-deps" in calls[2] and "--build-option=--skip-build" in calls[2]
-    assert "--no-deps --no-build-isolation --editable ." in calls[3]
+    assert "--no-deps --require-hashes -r requirements/torchdistill.txt" in calls[3]
+    assert "--no-deps --no-build-isolation --editable ." in calls[4]
 
     assert checkout.install() == (0, "", [])
     assert checkout.install(python="") == (0, "", [])
@@ -87,7 +88,7 @@ def test_installs_once_then_updates_when_a_requirement_changes(checkout):
     kept.touch()
     status, output, calls = checkout.install(python="")
     assert status == 0 and "updating" in output
-    assert [call.split()[0] for call in calls] == ["uv"] * 4
+    assert [call.split()[0] for call in calls] == ["uv"] * 5
     assert kept.exists()
     assert checkout.install() == (0, "", [])
 
@@ -101,7 +102,7 @@ def test_an_installation_that_failed_is_made_anew(checkout):
     checkout.broken.unlink()
     status, output, calls = checkout.install()
     assert status == 0, output
-    assert len(calls) == 4 and not leftover.exists()
+    assert len(calls) == 5 and not leftover.exists()
 
 
 def test_a_foreign_environment_is_not_touched(checkout):

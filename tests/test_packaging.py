@@ -77,5 +77,9 @@ def test_requirements_are_pinned_and_name_no_registry():
         assert re.match(r"[\w.-]+==[\w.]+( ; .+)?$", pin), pin
     assert "torch==2.11.0" in pins and "torchvision==0.26.0" in pins
     assert not any(re.match(r"black|.*detectron2", pin) for pin in pins)
-    detectron2 = (folder / "detectron2.txt").read_text().strip()
-    assert re.fullmatch(r"pb1-detectron2==0\.6 --hash=sha256:[0-9a-f]{64}", detectron2)
+    for name, pin in (
+        ("detectron2", r"pb1-detectron2==0\.6"),
+        ("torchdistill", r"torchdistill==.*"),
+    ):
+        text = (folder / f"{name}.txt").read_text().strip()
+        assert re.fullmatch(pin + " --hash=sha256:[0-9a-f]{64}", text)

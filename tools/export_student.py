@@ -1,19 +1,23 @@
 #!/usr/bin/env python
-"""Writes the student of a training checkpoint as a stock Detectron2 model and config.
+"""Writes the student of a training checkpoint as a stock model with its config.
 
     tools/export_student.py output/demo/sssd/model_final.pth --output output/student
 
-The folder then holds ``model.pth`` (weights only) and ``config.yaml`` (no key of sssd): what
-Detectron2's own tools need for prediction, test-time augmentation, tracing or ONNX. Where yacs
-has no name for the student (FCOS, and what comes from a LazyConfig), the config is
+Of a detector the folder then holds ``model.pth`` (weights only) and ``config.yaml`` (no key of
+sssd): what Detectron2's own tools need for prediction, test-time augmentation, tracing or ONNX.
+Where yacs has no name for the student (FCOS, and what comes from a LazyConfig), the config is
 ``lazy_config.yaml``, for LazyConfig.load and instantiate.
+
+Of a classifier it holds ``model.pth``, a bare state dict that timm or torchvision loads, and
+``config.json``: the network's name and arguments, the classes, how images are prepared, and under
+"usage" the Python that loads it.
 """
 
 import argparse
 import sys
-from pathlib import Path
 
 from sssd.engine import CheckpointError, export_student
+from sssd.engine.trained_network import config_beside
 
 
 def main() -> None:
@@ -23,10 +27,10 @@ def main() -> None:
     parser.add_argument(
         "--config-file",
         default="",
-        help="config of the training; default: config.yaml beside the checkpoint",
+        help="config of the training; default: the one beside the checkpoint",
     )
     args = parser.parse_args()
-    config_file = args.config_file or str(Path(args.checkpoint).parent / "config.yaml")
+    config_file = args.config_file or config_beside(args.checkpoint)
     try:
         written = export_student(args.checkpoint, config_file, args.output)
     except (CheckpointError, FileNotFoundError, ValueError) as error:

@@ -52,7 +52,8 @@ class NetworkTail(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """The layer's input (B, C, H, W) to logits (B, K)."""
-        return self.network(features)
+        # A copy: the tail may begin with an in-place ReLU, and others read the same map.
+        return self.network(features.clone())
 
 
 def _paths_before(network: nn.Module, layer: str, images: Tensor) -> list[str]:

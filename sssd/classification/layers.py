@@ -7,7 +7,7 @@ from torch import Tensor
 from .batch import Batch
 from .term import Surroundings, Term
 
-__all__ = ["LayerPairs", "PairedTerm"]
+__all__ = ["LayerPairs", "PairedTerm", "check_layers"]
 
 # A name means that layer of both networks; two names that of the student and that of the teacher.
 LayerPairs = Sequence[str | Sequence[str]]
@@ -26,8 +26,7 @@ class PairedTerm(Term):
         Raises:
             ValueError: no layers, an entry of another kind, or a layer that a network lacks.
         """
-        if not layers:
-            raise ValueError(f"The term {type(self).__name__} has no layers: name one or more.")
+        check_layers(type(self).__name__, layers)
         pairs = [_pair(entry) for entry in layers]
         super().__init__(student_layers=[s for s, _ in pairs], teacher_layers=[t for _, t in pairs])
         self.pairs = pairs
@@ -50,11 +49,30 @@ class PairedTerm(Term):
         raise NotImplementedError
 
 
+def check_layers(term: str, layers: object) -> None:
+    """Raises ValueError for layers that are no list, or an empty one.
+
+    Args:
+        term: its name, for the error.
+        layers: of the config.
+    """
+    if not _is_list(layers):
+        raise ValueError(
+            f"The layers of the term {term} are {layers!r}: give a list, such as [layer1, layer2]."
+        )
+    if not layers:
+        raise ValueError(f"The term {term} has no layers: name one or more.")
+
+
 def _pair(entry: str | Sequence[str]) -> tuple[str, str]:
-    names = [entry, entry] if isinstance(entry, str) else list(entry)
+    names = list(entry) if _is_list(entry) else [entry, entry]
     if len(names) != 2 or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"The layers of a term hold {entry!r}: give a name that both networks have, or two, "
             "the student's and the teacher's."
         )
     return names[0], names[1]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -14,6 +14,7 @@ __all__ = [
     "SectionHead",
     "build_connector",
     "build_regressor",
+    "check_map_shapes",
 ]
 
 _SLOPE = 0.1  # of factor transfer's LeakyReLU
@@ -33,7 +34,7 @@ def build_regressor(student: Sequence[int], teacher: Sequence[int], *, kind: str
     Raises:
         ValueError: for an unknown kind, or shapes that it cannot join.
     """
-    _check_maps("A regressor", student, teacher)
+    check_map_shapes("A regressor", student, teacher)
     (width_in, *size_in), (width, *size) = student, teacher
     shrinks = all(a >= b for a, b in zip(size_in, size, strict=True))
     kernel = [a - b + 1 for a, b in zip(size_in, size, strict=True)]
@@ -70,7 +71,7 @@ def build_connector(
     Raises:
         ValueError: heights or widths differ.
     """
-    _check_maps("A connector", student, teacher)
+    check_map_shapes("A connector", student, teacher)
     if tuple(student[1:]) != tuple(teacher[1:]):
         raise ValueError(
             f"A connector cannot join the student's {names[0]!r}, a map of the shape "
@@ -132,7 +133,7 @@ class SectionHead(nn.Module):
             ValueError: one of them is no map, or the section's is smaller than the deepest.
         """
         super().__init__()
-        _check_maps(f"A head on {name!r}", section, deepest)
+        check_map_shapes(f"A head on {name!r}", section, deepest)
         stride = [a // b for a, b in zip(section[1:], deepest[1:], strict=True)]
         if min(stride) < 1:
             raise ValueError(
@@ -160,7 +161,8 @@ def _convolution(
     return [convolution, nn.BatchNorm2d(width), nn.ReLU()]
 
 
-def _check_maps(what: str, *shapes: Sequence[int]) -> None:
+def check_map_shapes(what: str, *shapes: Sequence[int]) -> None:
+    """Raises ValueError for shapes of an image's value that are not (C, H, W)."""
     for shape in shapes:
         if len(shape) != 3:
             raise ValueError(

@@ -121,7 +121,8 @@ class Term(nn.Module):
     checkpoints.
     """
 
-    needs_teacher = False  # a trained network whose predictions or layers it compares with
+    needs_teacher = False  # a trained network to learn from
+    runs_teacher = True  # False: not its predictions and layers, but a pass that the term makes
     needs_student = True  # False: the student does not run for it
     needs_pairs = False  # `Batch.pair`
     needs_peers = False  # `Batch.peers`
@@ -173,6 +174,11 @@ class Terms(nn.ModuleDict):
         """Whether any term has ``needs_<what>``."""
         return any(getattr(term, f"needs_{what}") for term in self.values())
 
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether any term reads the teacher's predictions or layers."""
+        return any(term.needs_teacher and term.runs_teacher for term in self.values())
+
     def layers(self, of: str) -> list[str]:
         """Names of the layers of the "student" or the "teacher" that the terms read."""
         return [name for term in self.values() for name in getattr(term, f"{of}_layers")]
@@ -222,7 +228,7 @@ def term_class(spec: TermSpec) -> type[Term]:
     from . import terms  # noqa: F401  (registers them)
 
     name = spec.get("name") if isinstance(spec, Mapping) else None
-    if name not in TERMS:
+    if not isinstance(name, str) or name not in TERMS:
         raise ValueError(
             f"MODEL.SSSD.CLASSIFIER has the term {spec!r}: give it a name that is registered, as "
             f"in {{name: kd, weight: 0.9}}; there are {', '.join(sorted(TERMS))}."

@@ -18,11 +18,13 @@ class ClassificationReport:
         name: of the dataset.
         images: number of images.
         images_of_class: class name -> number of its images, in the order of the labels.
+        channels: how many its images have; files count as 3, since they are read as RGB.
     """
 
     name: str
     images: int
     images_of_class: dict[str, int]
+    channels: frozenset[int]
 
     def summary(self) -> str:
         """The counts in one line."""
@@ -62,7 +64,10 @@ def check_classification_dataset(name: str, num_classes: int) -> ClassificationR
         if complaint is not None:
             raise DatasetError(f"Record {position} of the dataset {name!r} {complaint}.")
         counts[record["label"]] += 1
-    return ClassificationReport(name, sum(counts), dict(zip(classes, counts, strict=True)))
+    channels = frozenset(3 if "file_name" in x else x["image"].shape[2] for x in records)
+    return ClassificationReport(
+        name, sum(counts), dict(zip(classes, counts, strict=True)), channels
+    )
 
 
 def read_dataset(name: str) -> tuple[list[dict[str, Any]], list[str]]:

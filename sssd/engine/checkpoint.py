@@ -1,9 +1,11 @@
-"""Checkpoints whose ``model`` entry is a stock detector.
+"""Checkpoints whose ``model`` entry is a stock detector or classifier.
 
-A file written during self-distillation holds
+A file written during distillation holds
 
-- ``model``: the student under its stock keys, loaded strictly by stock Detectron2;
-- ``sssd``: teacher, adapter and, where there is one, the share controller;
+- ``model``: the student under its stock keys, loaded strictly by stock Detectron2, timm or
+  torchvision;
+- ``sssd``: of a detector the teacher, the adapter and, where there is one, the share controller; of
+  a classifier what its terms train beside it, and its peers;
 - ``trainer``: iteration, optimizer, states of the hooks (learning-rate schedule and others).
 """
 
@@ -11,6 +13,8 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+
+from ..meta_arch import ClassificationDistiller
 
 __all__ = ["Checkpointer", "CheckpointError"]
 
@@ -65,7 +69,18 @@ class Checkpointer(DetectionCheckpointer):
         self._resuming = checkpointables is None
         self._expected = list(self.checkpointables) if self._resuming else checkpointables
         self._whole = whole or self._resuming
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except RuntimeError as error:
+            # load_state_dict's first line has the class, each further one what does not fit.
+            first, _, others = str(error).partition("\n")
+            if not first.startswith("Error(s) in loading state_dict"):
+                raise
+            reason = others.strip().partition("\n")[0].strip(" .")
+            raise CheckpointError(
+                f"What was trained beside the model in {path} is not what this config trains "
+                f"({reason}); use the config that it was trained with."
+            ) from error
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -83,11 +98,20 @@ class Checkpointer(DetectionCheckpointer):
                 "start a new training from its weights, use MODEL.WEIGHTS without --resume."
             )
         if missing:
-            raise CheckpointError(
-                f"The checkpoint {filename} lacks {', '.join(missing)}: it is a detector without "
-                "the parts that trained it. Use a file that self-distillation has written, or set "
-                "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH to False."
-            )
+            if isinstance(self.model, ClassificationDistiller):
+                what = (
+                    "it is a classifier without the heads, branches or peers that are evaluated "
+                    "beside it. Use a file that its training has written, such as "
+                    "model_final.pth, or a config without them (MODEL.SSSD.CLASSIFIER.TERMS and "
+                    "PEERS)."
+                )
+            else:
+                what = (
+                    "it is a detector without the parts that trained it. Use a file that "
+                    "self-distillation has written, or set "
+                    "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH to False."
+                )
+            raise CheckpointError(f"The checkpoint {filename} lacks {', '.join(missing)}: {what}")
         self._filename = filename
         return checkpoint
 

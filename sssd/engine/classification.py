@@ -103,10 +103,12 @@ class ClassificationTrainer(Trainer):
 
     def run_step(self) -> None:
         model = self.checkpointer.model
-        for learner in range(model.num_learners):
-            model.learner = learner
-            super().run_step()
-        model.learner = 0
+        try:
+            for learner in range(model.num_learners):
+                model.learner = learner
+                super().run_step()
+        finally:
+            model.learner = 0
 
 
 class _Repeated:
@@ -122,9 +124,21 @@ class _Repeated:
 
 
 def check_classification_data(cfg: CfgNode) -> None:
-    """Checks the datasets of a config against the number of classes, and counts them in the log."""
+    """Checks the datasets of a config, and counts them in the log.
+
+    Raises:
+        ValueError: they do not have the number of classes or channels that the network has.
+    """
+    channels = len(cfg.MODEL.PIXEL_MEAN)
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
         report = check_classification_dataset(name, cfg.MODEL.SSSD.CLASSIFIER.NUM_CLASSES)
+        others = report.channels - {channels}
+        if others:
+            raise ValueError(
+                f"The dataset {name!r} has images of {max(others)} channel(s), and "
+                f"MODEL.PIXEL_MEAN has {channels} value(s): give it and PIXEL_STD as many values "
+                "as the images have channels."
+            )
         if comm.is_main_process():
             logger.info(report.summary())
 

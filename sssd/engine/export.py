@@ -1,4 +1,4 @@
-"""From a training checkpoint to what stock Detectron2 loads."""
+"""From a training checkpoint to what stock Detectron2, timm or torchvision loads."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import Checkpointer
+from .export_classifier import export_classifier
 from .setup import load_config
 
 __all__ = ["export_student", "stock_config"]
@@ -26,10 +27,12 @@ def stock_config(cfg: CfgNode) -> CfgNode:
 
 
 def export_student(checkpoint: str, config_file: str, output: str) -> str:
-    """Writes the weights of the student and a config that stock Detectron2 builds it from.
+    """Writes the weights of the student and a config that it is built from without sssd.
 
-    The folder then holds ``model.pth`` and ``config.yaml``, or, for a student that comes from a
-    LazyConfig or that stock yacs has no name for, ``lazy_config.yaml`` with the key ``model``.
+    Of a detector the folder then holds ``model.pth`` and ``config.yaml``, or, for a student that
+    comes from a LazyConfig or that stock yacs has no name for, ``lazy_config.yaml`` with the key
+    ``model``. Of a classifier it holds ``model.pth``, a bare state dict for timm or torchvision,
+    and ``config.json`` (:func:`sssd.engine.export_classifier.export_classifier`).
 
     Args:
         checkpoint: a file written by training, self-distilled or plain.
@@ -42,13 +45,18 @@ def export_student(checkpoint: str, config_file: str, output: str) -> str:
     Raises:
         FileNotFoundError: when there is no config file.
         CheckpointError: when the checkpoint is damaged or does not fit the config.
+        ValueError: the same of a classifier.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(
             f"The config {config_file} does not exist; name the config of the training with "
             "--config-file."
         )
-    config = _student_config(config_file)
+    lazy = _is_lazy(config_file)
+    cfg = LazyConfig.load(config_file) if lazy else load_config(config_file)
+    if not lazy and cfg.MODEL.META_ARCHITECTURE == "ClassificationDistiller":
+        return export_classifier(checkpoint, cfg, output)
+    config = _student_config(cfg)
     weights = os.path.join(output, "model.pth")
     if isinstance(config, DictConfig):
         model, path = instantiate(config), os.path.join(output, "lazy_config.yaml")
@@ -68,14 +76,15 @@ def export_student(checkpoint: str, config_file: str, output: str) -> str:
     return path
 
 
-def _student_config(config_file: str) -> CfgNode | DictConfig:
-    """The yacs config of the student, or its LazyConfig node."""
+def _is_lazy(config_file: str) -> bool:
     with open(config_file) as f:
-        lazy = config_file.endswith(".py") or re.search(r"^model:", f.read(), re.M)
-    if lazy:
-        node = LazyConfig.load(config_file).model
-        return node.student if "student" in node else node
-    cfg = load_config(config_file)
+        return config_file.endswith(".py") or bool(re.search(r"^model:", f.read(), re.M))
+
+
+def _student_config(cfg: CfgNode | DictConfig) -> CfgNode | DictConfig:
+    """The yacs config of the student, or its LazyConfig node."""
+    if isinstance(cfg, DictConfig):
+        return cfg.model.student if "student" in cfg.model else cfg.model
     stock = stock_config(cfg)
     builder = META_ARCH_REGISTRY.get(stock.MODEL.META_ARCHITECTURE)
     return builder.lazy_config(cfg) if hasattr(builder, "lazy_config") else stock

@@ -50,7 +50,9 @@ def rehearse(model: ClassificationDistiller, size: int) -> list[str]:
             model.train()
             for learner in range(model.num_learners):
                 model.learner = learner
-                sum(model(inputs).values()).backward()
+                loss = sum(model(inputs).values())
+                if loss.requires_grad:
+                    loss.backward()
             model.learner = 0
             model.eval()
             with torch.no_grad():

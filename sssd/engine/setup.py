@@ -157,7 +157,8 @@ def _changes(schedule: Any, phases: Any) -> list[int]:
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
+    # The keys of NETWORK_OPTIONS are free, so that it is compared as a whole.
+    if not isinstance(node, dict) or prefix.endswith(".NETWORK_OPTIONS"):
         return {prefix: node}
     flat: dict[str, Any] = {}
     for key, value in node.items():

@@ -26,6 +26,7 @@ logger = logging.getLogger("sssd")
 
 TEACHER = "teacher"
 STUDENT = "student"
+_LAST = "last_checkpoint"  # the file in which Detectron2's checkpointer notes where to go on
 RESULTS = "results.json"  # of a stage, once it is complete; of the whole run in OUTPUT_DIR
 
 
@@ -71,6 +72,11 @@ def plan_stages(cfg: CfgNode) -> list[Stage]:
     keys = cfg.MODEL.SSSD.CLASSIFIER
     if keys.STAGES and keys.GENERATIONS:
         raise ValueError("MODEL.SSSD.CLASSIFIER has both STAGES and GENERATIONS: use one of them.")
+    if keys.TEACHER.NETWORK and keys.GENERATIONS:
+        raise ValueError(
+            f"MODEL.SSSD.CLASSIFIER has GENERATIONS and the teacher {keys.TEACHER.NETWORK!r}: each "
+            "generation is taught by the one before, so leave TEACHER.NETWORK empty."
+        )
     stages: dict[str, Stage] = {}
     teacher = None
     if keys.TEACHER.NETWORK and not keys.TEACHER.WEIGHTS:
@@ -94,7 +100,7 @@ def plan_stages(cfg: CfgNode) -> list[Stage]:
         _check_description(description, stages)
         name, is_last = description["name"], position == len(descriptions) - 1
         own = _derived(cfg, "" if is_last else name, description["terms"])
-        _scale_schedule(own, float(description.get("length", 1)), name)
+        _scale_schedule(own, description.get("length", 1), name)
         if keys.GENERATIONS:
             teacher, previous = previous, None
             own.MODEL.SSSD.CLASSIFIER.TEACHER.NETWORK = keys.NETWORK if teacher else ""
@@ -102,7 +108,7 @@ def plan_stages(cfg: CfgNode) -> list[Stage]:
             own.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = stages[teacher].weights
         if previous is not None:
             own.MODEL.WEIGHTS = stages[previous].weights
-        own.merge_from_list(list(description.get("opts", [])))
+        _override(own, description.get("opts", []), name)
         stages[name] = Stage(name, own, teacher, previous)
         previous = name
     for stage in stages.values():
@@ -137,7 +143,9 @@ def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     """
     stages = plan_stages(cfg)
     check_classification_data(cfg)
-    _rehearse_all(stages)
+    _rehearse_all(stages, resume)
+    if not resume:
+        _forget(stages)
     results = {}
     for stage in stages:
         if resume and os.path.isfile(stage.results) and os.path.isfile(stage.weights):
@@ -185,9 +193,19 @@ def _check_description(description: Any, stages: Mapping[str, Stage]) -> None:
         raise ValueError(f"{what}: give it a name of letters that no other stage has.")
 
 
-def _scale_schedule(cfg: CfgNode, length: float, name: str) -> None:
+def _override(cfg: CfgNode, opts: Any, name: str) -> None:
+    try:
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The opts of the stage {name!r} cannot be used ({error.args[0]}): list keys of the "
+            "config, each followed by its value."
+        ) from error
+
+
+def _scale_schedule(cfg: CfgNode, length: Any, name: str) -> None:
     """Shortens the schedule, and what goes by it, to a share."""
-    if not length > 0:
+    if not isinstance(length, int | float) or not 0 < length < float("inf"):
         raise ValueError(f"The stage {name!r} has the length {length}: give it a positive share.")
     if length == 1:
         return
@@ -197,7 +215,7 @@ def _scale_schedule(cfg: CfgNode, length: float, name: str) -> None:
     solver.WARMUP_ITERS = round(solver.WARMUP_ITERS * length)
 
 
-def _rehearse_all(stages: list[Stage]) -> None:
+def _rehearse_all(stages: list[Stage], resume: bool) -> None:
     """Builds every stage and lets it take one step, with random weights where none exist yet."""
     models: dict[str, nn.Module] = {}
     for stage in stages:
@@ -218,11 +236,24 @@ def _rehearse_all(stages: list[Stage]) -> None:
                     for term in terms.values():
                         term.take_over(earlier)
             rehearse(model, keys.SIZE)
+            if cfg.MODEL.WEIGHTS and stage.previous is None and not resume:
+                Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
         except ValueError as error:
             if len(stages) == 1:
                 raise
             raise ValueError(f"In the stage {stage.name!r}: {error}") from error
         models[stage.name] = model
+
+
+def _forget(stages: list[Stage]) -> None:
+    """Removes what a resume would take for the work of this run, where an earlier one has been."""
+    if comm.is_main_process():
+        for stage in stages:
+            folder = stage.cfg.OUTPUT_DIR
+            for path in (stage.results, *(os.path.join(folder, n) for n in (RESULTS, _LAST))):
+                if os.path.isfile(path):
+                    os.remove(path)
+    comm.synchronize()
 
 
 def _without_workers(cfg: CfgNode) -> CfgNode:
@@ -255,7 +286,7 @@ def _evaluate_generations(stages: list[Stage]) -> dict[str, Any]:
         cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""
         model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
         Checkpointer(model).load(stage.weights, checkpointables=[], whole=True)
-        members[stage.name] = model
+        members[stage.name] = model.to(cfg.MODEL.DEVICE)
     cfg = stages[-1].cfg
     ensemble = NetworkEnsemble(members, average=cfg.MODEL.SSSD.CLASSIFIER.ENSEMBLE)
     return ClassificationTrainer.test(cfg, ensemble)

@@ -169,8 +169,8 @@ class ClassificationDistiller(StudentWrapper):
                     stack.enter_context(torch.autocast(self.device.type, enabled=False))
                 batch.logits = _logits(batch.student, batch.images)
             batch.features = capture
-        if self.teacher is not None and terms.needs("teacher"):
-            batch.teacher = self.teacher
+        batch.teacher = self.teacher
+        if terms.runs_teacher:
             capture = Capture(self.teacher, terms.layers("teacher"))
             with torch.no_grad(), capture:
                 batch.teacher_logits = _logits(self.teacher, batch.images)

@@ -212,10 +212,12 @@ def test_factor_equals_torchdistill(peer):
     assert_equal_to_peer(factor_loss, peer.FTLoss(p=1), paths)
     # The peer's p=2 takes a root for each image: of one image with 36 elements, the square root
     # of 36 times the mean square.
-    student, teacher = random_tensor(1, 4, 3, 3), random_tensor(1, 4, 3, 3, seed=1)
+    student, teacher = random_tensor(1, 4, 3, 3).requires_grad_(), random_tensor(1, 4, 3, 3, seed=1)
     io = ({path: {"output": x}} for path, x in zip(paths, (student, teacher), strict=True))
-    theirs = peer.FTLoss(p=2)(*io)
-    torch.testing.assert_close(factor_loss(student, teacher, p=2), theirs.square() / 36)
+    values = factor_loss(student, teacher, p=2), peer.FTLoss(p=2)(*io).square() / 36
+    torch.testing.assert_close(*values, rtol=1e-9, atol=0)
+    grads = [torch.autograd.grad(x, student)[0] for x in values]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-15)
 
 
 def test_errors_name_the_value_and_the_fix():

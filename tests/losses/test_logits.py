@@ -9,6 +9,7 @@ from sssd.losses.logits import (
     confidence_penalty,
     confidence_weighted_cross_entropy,
     cross_entropies,
+    cross_entropy,
     eta_from_target_confidence,
     kd_loss,
     permute_dark_knowledge,
@@ -31,6 +32,10 @@ LOSSES = {
     "kd without square": partial(kd_loss, temperature=3.0, t_square=False),
     "soft cross-entropy": soft_cross_entropy,
     "soft cross-entropy with square": partial(soft_cross_entropy, temperature=3.0, t_square=True),
+    "cross-entropy": lambda student, _: cross_entropy(student, LABELS[: len(student)]),
+    "smoothed cross-entropy": lambda student, _: cross_entropy(
+        student, LABELS[: len(student)], label_smoothing=0.1
+    ),
     "confidence penalty": lambda student, _: confidence_penalty(student),
     "cwtm": lambda student, teacher: confidence_weighted_cross_entropy(
         student, LABELS[: len(student)], teacher
@@ -108,6 +113,29 @@ def test_soft_cross_entropy_has_the_gradient_of_kd(t_square):
     # softmax minus target, over B, with one 1 / T; the square of T leaves T of it.
     closed = ((student / 3).softmax(1) - (teacher / 3).softmax(1)) / 3 * (3 if t_square else 1 / 3)
     torch.testing.assert_close(grads[0], closed)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.75])
+def test_cross_entropy_equals_torch(share):
+    logits = random_logits(3, 5).requires_grad_()
+    ours = cross_entropy(logits, LABELS, label_smoothing=share)
+    theirs = F.cross_entropy(logits, LABELS, label_smoothing=share)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-15)
+    # softmax minus target, over B; the label keeps its part of what is spread.
+    target = (1 - share) * F.one_hot(LABELS, 5) + share / 5
+    torch.testing.assert_close(grads[0], (logits.softmax(1) - target) / 3)
+
+
+def test_smoothed_cross_entropy_by_hand():
+    # Targets 0.7 + 0.3 / 3 and twice 0.3 / 3; then half the value, with an image that costs ln 3.
+    logits = logits_of([0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3])
+    expected = 0.8 * math.log(2) + 0.2 * math.log(4)
+    value = cross_entropy(logits[:1], torch.tensor([0]), label_smoothing=0.3)
+    assert value.item() == pytest.approx(expected)
+    value = cross_entropy(logits, torch.tensor([0, 2]), label_smoothing=0.3)
+    assert value.item() == pytest.approx((expected + math.log(3)) / 2)
 
 
 def test_confidence_penalty_by_hand():
@@ -217,6 +245,9 @@ def test_limits_of_the_target_confidence():
         (lambda x: kd_loss(x, x, temperature=0), "temperature must be positive, got 0"),
         (lambda x: cross_entropies(x, torch.tensor([0, 5, 1])), "A label is 5, .* has 5 classes"),
         (lambda x: cross_entropies(x, torch.tensor([0, 1, -100])), "A label is -100, .* 0 to 4"),
+        (lambda x: cross_entropy(x, LABELS + 2), "A label is 5, .* 0 to 4"),
+        (lambda x: cross_entropy(x, LABELS, label_smoothing=1), "at least 0 and below 1, got 1"),
+        (lambda x: cross_entropy(x, LABELS, label_smoothing=-0.1), "smoothing .* got -0.1"),
         (lambda x: cross_entropies(x, LABELS[:2]), r"must be 3 class indices.* got \(2,\)"),
         (lambda x: cross_entropies(x, LABELS.int()), r"int64; got \(3,\) of torch.int32"),
     ],
@@ -235,9 +266,9 @@ def test_kd_equals_torchdistill(peer):
     student, teacher = random_logits(8, 10).requires_grad_(), random_logits(8, 10, seed=1)
     labels = torch.arange(8)
 
-    def theirs(**options):
+    def theirs(targets=labels, **options):
         loss = peer.KDLoss("m", "output", "m", "output", temperature=4.0, **options)
-        return loss({"m": {"output": student}}, {"m": {"output": teacher}}, labels)
+        return loss({"m": {"output": student}}, {"m": {"output": teacher}}, targets)
 
     def assert_equal(a, b):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
@@ -247,8 +278,10 @@ def test_kd_equals_torchdistill(peer):
     ours = kd_loss(student, teacher)
     hard = cross_entropies(student, labels).mean()
     assert_equal(0.1 * hard + 0.9 * ours, theirs(alpha=0.1))
-    # Without a share of the cross-entropy, the peer also leaves out the square of the temperature.
+    # Without a share of the cross-entropy, the peer also leaves out the square of the temperature;
+    # without labels that and the weight of the divergence.
     assert_equal(ours / 16, theirs(alpha=0))
+    assert_equal(ours / 16, theirs(alpha=0.1, targets=None))
     # With the mean over all elements, its divergence is C times too small.
     with pytest.warns(UserWarning, match="batchmean"):
         assert_equal(ours / 16 / 10, theirs(alpha=0, reduction="mean"))

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from sssd.losses.online import (
     gated_ensemble,
     gaussian_rampup,
+    mean_ensemble,
     mutual_learning_loss,
     one_loss,
     own_teacher_loss,
@@ -66,6 +67,40 @@ def test_gated_ensemble_by_hand():
     branches = torch.tensor([[[1.0, 2.0], [3.0, -4.0]], [[1.0, 2.0], [3.0, -4.0]]])
     gates = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
     assert gated_ensemble(branches, gates).tolist() == [[2.5, -2.5], [1.0, 2.0]]
+
+
+def test_mean_ensemble_by_hand():
+    p, q = [0.5, 0.25, 0.25], [0.125, 0.75, 0.125]
+    first, second = (torch.tensor([x], dtype=torch.float64).log() for x in (p, q))
+    # Probabilities do not feel a shift of the logits; the mean of logits passes it on.
+    members = [first + 7, second]
+    of_probabilities = mean_ensemble(members).exp()
+    torch.testing.assert_close(
+        of_probabilities, of_probabilities.new_tensor([[5 / 16, 0.5, 3 / 16]])
+    )
+    of_logits = mean_ensemble(members, average="logits")
+    expected = [7 / 2 + (math.log(a) + math.log(b)) / 2 for a, b in zip(p, q, strict=True)]
+    assert of_logits[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_mean_ensemble_counts_every_member_alike(average):
+    members = random_heads(3, 4, 5)
+    ensemble = mean_ensemble(members, average=average)
+    values = [x.softmax(1) for x in members] if average == "probabilities" else members
+    mean = torch.stack(values).mean(0)
+    torch.testing.assert_close(ensemble, mean.log() if average == "probabilities" else mean)
+    torch.testing.assert_close(mean_ensemble(members[::-1], average=average), ensemble)
+    # One member, or the same one twice, predicts what it predicts alone.
+    for alone in (members[:1], members[:1] * 2):
+        torch.testing.assert_close(
+            mean_ensemble(alone, average=average).softmax(1), members[0].softmax(1)
+        )
+    # It is computed in float32, where half precision would lose a member that is sure.
+    sure = torch.tensor([[300.0, -300.0]], dtype=torch.float16)
+    both = mean_ensemble([sure, -sure], average=average)
+    assert both.dtype == torch.float32
+    torch.testing.assert_close(both.softmax(1), torch.full((1, 2), 0.5))
 
 
 def test_one_by_hand():
@@ -193,6 +228,10 @@ BRANCHES = torch.zeros(3, 2, 5)
         (partial(mutual_learning_loss, X, X), r"got \(3, 5\) and \(5,\)"),
         (partial(mutual_learning_loss, X, [X], reduction="max"), "Unknown reduction 'max'"),
         (partial(gated_ensemble, BRANCHES, X), r"got \(3, 2, 5\) and \(3, 5\)"),
+        (partial(mean_ensemble, []), "at least one member, got none"),
+        (partial(mean_ensemble, [X, X[:, :4]]), r"An ensemble .* got \(3, 5\) and \(3, 4\)"),
+        (partial(mean_ensemble, [X[0]]), r"got \(5,\)"),
+        (partial(mean_ensemble, [X], average="votes"), "Unknown average 'votes'; use 'prob.*'logi"),
         (partial(one_loss, BRANCHES, X[:, :2], LABELS + 3), "A label is 5, but .* 5 classes"),
         (partial(own_teacher_loss, [X], LABELS), "at least two heads, got 1"),
         (partial(own_teacher_loss, [X, X[:2]], LABELS), r"got \(3, 5\) and \(2, 5\)"),

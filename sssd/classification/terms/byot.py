@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ...losses import mean_ensemble, own_teacher_loss, self_feature_loss
 from ..batch import Batch
+from ..layers import check_layers
 from ..modules import SectionHead
 from ..term import Surroundings, Term, register_term
 
@@ -41,9 +42,8 @@ class OwnTeacher(Term):
                 from the deepest one (:func:`sssd.losses.self_feature_loss`); 0.03 goes with "norm",
                 1e-6 with "sum". The paper gives neither.
         """
+        check_layers("'own_teacher'", layers)
         super().__init__(student_layers=[*layers, deepest])
-        if not layers:
-            raise ValueError("The term 'own_teacher' has no layers: name those that get a head.")
         self.layers, self.deepest = tuple(layers), deepest
         self.options = {
             "alpha": alpha,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...losses import factor_loss, mse
 from ..batch import Batch
-from ..modules import FactorDecoder, FactorEncoder
+from ..modules import FactorDecoder, FactorEncoder, check_map_shapes
 from ..term import Surroundings, Term, register_term
 
 PARAPHRASER = "paraphraser"
@@ -55,8 +55,9 @@ class Paraphraser(Term):
         if error not in _ERRORS:
             raise ValueError(f"The error of the term 'paraphraser' is {error!r}: use mse or l1.")
         self.layer, self.error = teacher_layer, _ERRORS[error]
-        channels = surroundings.teacher_shape(teacher_layer)[0]
-        width = _width(channels, rate)
+        shape = surroundings.teacher_shape(teacher_layer)
+        check_map_shapes("The term 'paraphraser'", shape)
+        channels, width = shape[0], _width(shape[0], rate)
         self.encoder = FactorEncoder(channels, width, norm=norm)
         self.decoder = FactorDecoder(width, channels, norm=norm)
 
@@ -91,6 +92,7 @@ class Factor(Term):
         self.student_layer, self.teacher_layer, self.p = student_layer, teacher_layer, p
         student = surroundings.student_shape(student_layer)
         teacher = surroundings.teacher_shape(teacher_layer)
+        check_map_shapes("The term 'factor'", student, teacher)
         if student[1:] != teacher[1:]:
             raise ValueError(
                 f"Factor transfer compares the student's {student_layer!r}, a map of the shape "

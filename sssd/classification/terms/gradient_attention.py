@@ -33,6 +33,7 @@ class GradientAttention(_GradientTerm):
     """1/2 || J_student - J_teacher ||_2 with J = d CE / d image, each for its own loss."""
 
     needs_teacher = True
+    runs_teacher = False
 
     def forward(self, batch: Batch) -> Tensor:
         _, teacher = input_gradient(batch.teacher, batch.images, batch.labels)

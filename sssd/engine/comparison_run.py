@@ -1,0 +1,120 @@
+"""One run of a comparison, in a process that makes many."""
+
+import gzip
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+from ..visualization import read_metrics
+from .comparison import TEACHER, Plan, Run, run_config
+from .stages import plan_stages, run_stages
+
+__all__ = ["execute"]
+
+_LOGGERS = ("detectron2", "fvcore", "sssd")
+_WEIGHTS = "model_final.pth"
+
+
+def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any]:
+    """Trains and evaluates a run, and writes its record.
+
+    Args:
+        records: folder of what is kept: ``<run>.json`` and, logged by each stage,
+            ``<run>_metrics.json.gz``.
+        scratch: folder of checkpoints and logs; of a complete run only the last weights stay.
+
+    Returns:
+        The record: settings, accuracies in percent by split, seconds, commit.
+    """
+    output = scratch / run.name
+    teacher = scratch / run.data / TEACHER / f"seed{run.seed}" / _WEIGHTS
+    cfg = run_config(plan, run, output, teacher)
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with _log_in(output / "log.txt"):
+        results = run_stages(cfg, resume=True)
+    last = results.get("ensemble") or list(results.values())[-1]
+    record = {
+        "method": run.method.name,
+        "data": run.data,
+        "seed": run.seed,
+        "options": dict(run.options),
+        **_by_split(cfg, last),
+        "stages": {name: _by_split(cfg, value) for name, value in results.items()},
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "seconds": round(time.time() - start, 1),
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
+    path = records / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics = {
+        stage.name: read_metrics(Path(stage.cfg.OUTPUT_DIR) / "metrics.json")
+        for stage in plan_stages(cfg)
+    }
+    packed = gzip.compress(json.dumps(metrics).encode(), mtime=0)
+    path.with_name(f"{path.stem}_metrics.json.gz").write_bytes(packed)
+    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(path.with_suffix(".part"), path)
+    _tidy(output)
+    return record
+
+
+def _by_split(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Figures as ``{"validation": {"classification/top1": 90.0, ...}, "test": {...}}``."""
+    names = cfg.DATASETS.TEST
+    parts = {names[0]: results} if len(names) == 1 else results
+    return {
+        split: {
+            f"{task}/{key}": round(value, 4)
+            for task, figures in parts[name].items()
+            for key, value in figures.items()
+        }
+        for split, name in zip(("validation", "test"), names, strict=False)
+    }
+
+
+@contextmanager
+def _log_in(path: Path) -> Iterator[None]:
+    """Detectron2's and our log go to a file and nowhere else."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(message)s", "%m/%d %H:%M:%S"))
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [handler]
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.handlers = []
+        handler.close()
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _tidy(output: Path) -> None:
+    """Leaves the last weights and the log."""
+    for path in output.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (_WEIGHTS, "log.txt"):
+            path.unlink()

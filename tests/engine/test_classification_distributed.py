@@ -1,0 +1,127 @@
+"""The trainer of classifiers under DistributedDataParallel: two CPU processes."""
+
+import sssd  # noqa: F401  (spawned processes import this first: the compatibility layer)
+
+# isort: split
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import defaults
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+pytest.importorskip("timm", reason="timm is not installed")
+
+from sssd.engine import (
+    ClassificationTrainer,
+    run_stages,
+)
+from tests.classifiers import (
+    KEYS,
+    TINY,
+    assert_same,
+    tiny_config,
+    tiny_records,
+)
+
+RUNS = {
+    "kd and pairs": ("kd", KEYS + "TERMS", [{"name": "cross_entropy"}, {"name": "kd"},
+                                            {"name": "class_pairs"}]),
+    "mutual learning": ("dml",),
+    "hint": ("fitnets",),
+}  # fmt: skip
+
+
+def train_one_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    comm.get_local_rank = lambda: rank
+    # Detectron2's names a GPU, which there is none of.
+    defaults.create_ddp_model = lambda model, **kwargs: DistributedDataParallel(model, **kwargs)
+    label_of = {r["image"].tobytes(): r["label"] for r in tiny_records()}
+    seen, weights = [], {}
+    train = ClassificationTrainer.train
+
+    def watched(self):
+        model = self.checkpointer.model
+        assert isinstance(self._trainer.model, DistributedDataParallel)
+
+        def note(module, args):
+            if module.training:
+                seen[-1].append([
+                    (x["image_id"], x["label"],
+                     label_of[x["pair"].permute(1, 2, 0).numpy().tobytes()] if "pair" in x else -1,
+                     "pair" in x and torch.equal(x["pair"], x["image"]))
+                    for x in args[0]
+                ])  # fmt: skip
+
+        seen.append([])
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.register_forward_pre_hook(note)
+        train(self)
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        weights[run, os.path.basename(self.cfg.OUTPUT_DIR)] = (start, parameters)
+
+    ClassificationTrainer.train = watched
+    for run, (recipe, *opts) in RUNS.items():
+        cfg = tiny_config(
+            recipe, os.path.join(folder, run, "student"), KEYS + "AUGMENTATION", "none",
+            "SOLVER.MAX_ITER", 4, "DATASETS.TEST", (TINY,), *opts,
+        )  # fmt: skip
+        results = run_stages(cfg)
+        weights[run, "results"] = results
+    torch.save({"weights": weights, "seen": seen}, os.path.join(folder, f"{rank}.pth"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(train_one_rank, args=(port, folder), nprocs=2)
+    return [torch.load(os.path.join(folder, f"{r}.pth"), weights_only=False) for r in range(2)]
+
+
+@pytest.mark.long
+def test_both_processes_hold_the_same_weights_after_every_stage(ranks):
+    first, second = (rank["weights"] for rank in ranks)
+    stages = [key for key in first if key[1] != "results"]
+    assert stages == [
+        ("kd and pairs", "teacher"), ("kd and pairs", "student"), ("mutual learning", "student"),
+        ("hint", "teacher"), ("hint", "hint"), ("hint", "student"),
+    ]  # fmt: skip
+    for key in stages:
+        assert_same(first[key][1], second[key][1])
+        start, end = first[key]
+        moved = {name for name in end if not torch.equal(start[name], end[name])}
+        expected = {name for name in end if not name.startswith("teacher.")}
+        if key == ("hint", "hint"):  # which leaves what comes after the hinted layer alone
+            expected = {n for n in expected if not n.startswith(("student.layer3", "student.fc"))}
+        assert moved == expected, key
+
+
+@pytest.mark.long
+def test_the_main_process_has_the_results(ranks):
+    first, second = (rank["weights"] for rank in ranks)
+    for run in RUNS:
+        assert first[run, "results"]["student"]["classification"]
+        assert not any(second[run, "results"].values())
+
+
+@pytest.mark.long
+def test_the_labels_of_pairs_match_over_both_processes(ranks):
+    # The second training is the one with pairs; a step of both processes has no image twice.
+    first, second = (rank["seen"][1] for rank in ranks)
+    assert len(first) == len(second) == 4
+    for ours, theirs in zip(first, second, strict=True):
+        assert len(ours) == len(theirs) == 4
+        for _, label, pair_label, is_same in ours + theirs:
+            assert label == pair_label and not is_same
+        assert not {x[0] for x in ours} & {x[0] for x in theirs}

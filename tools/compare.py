@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""Compares classification methods over seeds and datasets, by a plan.
+
+    python tools/compare.py docs/results/classification/plan.yaml --jobs 2
+
+Every run has a record in the plan's folder; what has one is not run again, so the command may be
+stopped (or limited by --hours) and given again. The order leaves whole parts done: for each dataset
+the trials of all methods, then one seed after the other. It ends with a table for each dataset.
+"""
+
+import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
+
+# isort: split
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from sssd.engine import user_errors
+from sssd.engine.comparison import (
+    TEACHER,
+    Plan,
+    Run,
+    final_options,
+    load_plan,
+    read_record,
+    trial_runs,
+)
+from sssd.engine.comparison_run import execute
+from sssd.evaluation.comparison_table import comparison_table
+
+
+def phases(plan: Plan, folder: Path, data: str) -> Iterator[list[Run]]:
+    """Lists of runs, each of which needs the lists before it to be complete."""
+    methods = [method for method in plan.methods.values() if data in method.data]
+    yield trial_runs(plan, folder, plan.methods[plan.shared], data)
+    shared = final_options(plan, folder, plan.methods[plan.shared], data)
+    teacher = plan.methods[TEACHER]
+    yield [Run(teacher, data, plan.trial_seed, options=shared)]
+    yield [run for method in methods for run in trial_runs(plan, folder, method, data)]
+    for seed in plan.methods[plan.baseline].seeds:
+        yield [Run(teacher, data, seed, options=shared)]
+        yield [
+            Run(method, data, seed, options=final_options(plan, folder, method, data))
+            for method in methods
+            if seed in method.seeds and method.name != TEACHER
+        ]
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path, help="YAML; its folder gets the records and tables")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after them")
+    parser.add_argument("--data", nargs="*", help="only these datasets of the plan")
+    parser.add_argument("--scratch", type=Path, default=Path("output/compare"))
+    args = parser.parse_args()
+    with user_errors():
+        plan, folder = load_plan(args.plan), args.plan.parent
+        deadline = time.time() + 3600 * args.hours
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, context, initializer=one_thread) as pool:
+            for data in args.data or plan.data:
+                for runs in phases(plan, folder, data):
+                    if not complete(pool, plan, runs, folder, args, deadline):
+                        write_tables(plan, folder)
+                        sys.exit("compare: the time is over; give the command again to go on.")
+        write_tables(plan, folder)
+
+
+def complete(pool, plan, runs, folder, args, deadline) -> bool:
+    """Makes the runs that have no record; False if the time is over before."""
+    missing = [run for run in runs if not is_done(run, folder, args.scratch)]
+    waiting, running, start, done = list(missing), {}, time.time(), 0
+    while waiting or running:
+        while waiting and len(running) < args.jobs and time.time() < deadline:
+            run = waiting.pop(0)
+            running[pool.submit(execute, plan, run, folder, args.scratch)] = run
+        if not running:
+            return False
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run, record = running.pop(future), future.result()
+            done += 1
+            left = (time.time() - start) / done * (len(missing) - done)
+            print(
+                f"{run.name}: {record['validation'][plan.metric]:.2f} on validation, "
+                f"{record['seconds']:.0f} s; {done}/{len(missing)}, about {left / 60:.0f} min left "
+                "of this part",
+                flush=True,
+            )
+    return True
+
+
+def is_done(run: Run, folder: Path, scratch: Path) -> bool:
+    """Whether a run has a record; a teacher must have left its weights as well."""
+    if read_record(folder, run) is None:
+        return False
+    return run.method.name != TEACHER or (scratch / run.name / "model_final.pth").is_file()
+
+
+def write_tables(plan: Plan, folder: Path) -> None:
+    for data in plan.data:
+        records = {
+            method.name: [
+                record
+                for seed in method.seeds
+                if (record := read_record(folder, Run(method, data, seed))) is not None
+            ]
+            for method in plan.methods.values()
+        }
+        if not any(records.values()):
+            continue
+        table = comparison_table(records, baseline=plan.baseline, metric=plan.metric)
+        (folder / f"{data}.md").write_text(table)
+        print(f"\n{data}:\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()
