@@ -52,7 +52,7 @@ def serve(cfg: CfgNode, connection: Connection) -> None:
             connection.send(training.describe())
             while count := connection.recv():
                 connection.send(training.run(count))
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # the other side is gone
         return
     except _USER_ERRORS as error:
         connection.send({"error": str(error)})

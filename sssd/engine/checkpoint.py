@@ -30,7 +30,8 @@ class Checkpointer(DetectionCheckpointer):
 
     - a resume must find all that was saved: the whole model and every checkpointable;
     - a file for evaluation must fill the whole model;
-    - a file to start from may leave heads untouched (fine-tuning), but not the backbone.
+    - a file to start from may leave heads untouched (fine-tuning), but not the backbone; of a
+      classifier, only the layer that makes the logits.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
@@ -122,6 +123,8 @@ class Checkpointer(DetectionCheckpointer):
         # Shapes that differ are left out of what is loaded, so they count as missing as well.
         if self._whole:
             bad = bool(missing)
+        elif isinstance(self.model, ClassificationDistiller):
+            bad = not self.model.classifier_keys.issuperset(missing)
         else:
             bad = len(missing) == num_keys or any("backbone" in key for key, _, _ in shapes)
         if bad:

@@ -19,6 +19,7 @@ from ..data.classification_loader import (
 )
 from ..data.classification_mapper import ClassificationMapper
 from ..evaluation import ClassificationEvaluator
+from .hooks import TermWeights
 from .optimizer import hold_frozen_parameters
 from .rehearsal import rehearse
 from .trainer import Trainer
@@ -100,6 +101,10 @@ class ClassificationTrainer(Trainer):
         for terms in self.checkpointer.model.training_parts["terms"]:
             for term in terms.values():
                 term.take_over(earlier)
+
+    def build_hooks(self) -> list:
+        # First, so that every writer of the same iteration finds the values.
+        return [TermWeights(self.checkpointer.model), *super().build_hooks()]
 
     def run_step(self) -> None:
         model = self.checkpointer.model

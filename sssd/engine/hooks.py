@@ -4,7 +4,9 @@ from typing import Any
 
 from detectron2.engine import HookBase, hooks
 
-__all__ = ["BestCheckpointer", "DistillationMetrics"]
+from ..losses import constant_coefficient
+
+__all__ = ["BestCheckpointer", "DistillationMetrics", "TermWeights"]
 
 
 class DistillationMetrics(HookBase):
@@ -36,6 +38,27 @@ class DistillationMetrics(HookBase):
         distance = weighted / coefficient if coefficient else float(self._model.last_distance)
         storage.put_scalar("loss_distill/distance", distance)
         storage.put_scalar("loss_distill/share", weighted / total if total else 0.0)
+
+
+class TermWeights(HookBase):
+    """Logs the weight of each term of a classification whose weight follows the iteration."""
+
+    def __init__(self, model) -> None:
+        """
+        Args:
+            model: the ClassificationDistiller, without DistributedDataParallel around it.
+        """
+        weights = model.training_parts["terms"][0].weights
+        self._changing = {
+            name: weight
+            for name, weight in weights.items()
+            if weight.func is not constant_coefficient
+        }
+
+    def after_step(self) -> None:
+        for name, weight in self._changing.items():
+            value = weight(self.trainer.iter)
+            self.trainer.storage.put_scalar(f"loss_{name}/weight", value, smoothing_hint=False)
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

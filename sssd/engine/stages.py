@@ -77,6 +77,11 @@ def plan_stages(cfg: CfgNode) -> list[Stage]:
             f"MODEL.SSSD.CLASSIFIER has GENERATIONS and the teacher {keys.TEACHER.NETWORK!r}: each "
             "generation is taught by the one before, so leave TEACHER.NETWORK empty."
         )
+    if keys.PEERS and (keys.STAGES or keys.GENERATIONS):
+        raise ValueError(
+            f"MODEL.SSSD.CLASSIFIER has PEERS ({', '.join(keys.PEERS)}) and STAGES or GENERATIONS: "
+            "what peers learn in a stage is not handed on; use one of them."
+        )
     stages: dict[str, Stage] = {}
     teacher = None
     if keys.TEACHER.NETWORK and not keys.TEACHER.WEIGHTS:

@@ -18,7 +18,7 @@ from ..data import CheckedDatasetMapper
 from ..evaluation import FastCOCOEvaluator, evaluate_teacher
 from ..evaluation.teacher import PREFIX as TEACHER
 from ..meta_arch import SelfDistiller
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, CheckpointError
 from .hooks import BestCheckpointer, DistillationMetrics
 from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
@@ -86,13 +86,18 @@ class Trainer(DefaultTrainer):
             resume: from the last one in OUTPUT_DIR, if there is one, not from MODEL.WEIGHTS.
 
         Raises:
-            CheckpointError: when the file lacks some of it.
+            CheckpointError: when there is no file, or it lacks some of it.
         """
         model = cls.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
         path = cfg.MODEL.WEIGHTS
         if resume and checkpointer.has_checkpoint():
             path = checkpointer.get_checkpoint_file()
+        if not path:
+            raise CheckpointError(
+                "There are no weights to evaluate: set MODEL.WEIGHTS to a checkpoint, or add "
+                "--resume for the last one in OUTPUT_DIR."
+            )
         parts = cls.parts_in_evaluation(cfg, model)
         checkpointer.load(path, checkpointables=parts, whole=True)
         return model

@@ -11,7 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..classification import Batch, Capture, Surroundings, Terms, build_network, build_terms
-from ..classification.networks import load_network_weights
+from ..classification.networks import classifier_of, load_network_weights
 from ..classification.statistics import statistics_held
 from ..losses import mean_ensemble, twice_differentiable
 from .passes import forked_random_state
@@ -208,6 +208,13 @@ class ClassificationDistiller(StudentWrapper):
     def networks(self) -> list[nn.Module]:
         """The networks that learn: the student and its peers."""
         return [self.student, *self.training_parts["peers"]]
+
+    @property
+    def classifier_keys(self) -> set[str]:
+        """Names, in the state dict, of what makes the student's logits."""
+        classifier = classifier_of(self.student)
+        (path,) = (name for name, m in self.student.named_modules() if m is classifier)
+        return {f"{path}.{name}" for name in classifier.state_dict()}
 
     @property
     def num_learners(self) -> int:

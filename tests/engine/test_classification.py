@@ -1,5 +1,6 @@
 """The trainer of classifiers, step by step against plain PyTorch, and what it leaves."""
 
+import json
 import os
 import subprocess
 import sys
@@ -272,3 +273,35 @@ def test_evaluation_alone_needs_the_heads_that_were_trained(tmp_path):
         ClassificationTrainer.load_for_evaluation(cfg)
     assert "detector" not in str(caught.value) and "GROUND_TRUTH" not in str(caught.value)
     ClassificationTrainer.load_for_evaluation(tiny_config("kd", tmp_path, "MODEL.WEIGHTS", path))
+
+
+def test_evaluation_of_no_weights_is_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match="no weights to evaluate: set MODEL.WEIGHTS"):
+        ClassificationTrainer.load_for_evaluation(tiny_config("ce", tmp_path))
+
+
+def test_a_network_to_start_from_may_differ_in_its_logits_only(tmp_path):
+    run_stages(tiny_config("ce", tmp_path / "first"))
+    path = tmp_path / "first" / "model_final.pth"
+    start = ("MODEL.WEIGHTS", str(path), "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.0)
+    other = tiny_config("ce", tmp_path / "other", *start, KEYS + "NETWORK", "cifar_resnet14")
+    with pytest.raises(CheckpointError, match="belongs to another architecture: 3. of the model"):
+        run_stages(other)
+
+    weights = trained(tiny_config("ce", tmp_path / "first"))["model"]
+    replaced = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+    torch.save(replaced | {"fc.weight": torch.zeros(4, 64), "fc.bias": torch.zeros(4)}, path)
+    cfg = tiny_config("ce", tmp_path / "again", *start)
+    run_stages(cfg)
+    after = trained(cfg)["model"]
+    learned = [k for k in replaced if k.endswith("weight")]
+    assert learned and all(torch.equal(after[k], weights[k]) for k in learned)
+    assert after["fc.weight"].shape == (10, 64)
+
+
+def test_a_weight_that_follows_the_iteration_is_in_the_log(tmp_path):
+    cfg = tiny_config("fitnets", tmp_path)
+    run_stages(cfg)
+    last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+    assert last["loss_kd/weight"] == pytest.approx(4 - 3 * 2 / 3)  # iteration 2 of 3
+    assert not [name for name in last if name.endswith("/weight") and "kd" not in name]

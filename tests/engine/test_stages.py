@@ -168,3 +168,10 @@ def test_stages_generations_and_teachers_that_exclude_each_other_are_errors():
         plan("ce", KEYS + "STAGES", [{"name": "a", "terms": CE}], *generations)
     with pytest.raises(ValueError, match=r"GENERATIONS and the teacher 'cifar_resnet20': .*empty"):
         plan("kd", *generations)
+
+
+def test_peers_and_stages_are_refused_together():
+    peers = (KEYS + "PEERS", ["cifar_resnet8"])
+    for recipe in ("fsp", "born_again"):
+        with pytest.raises(ValueError, match=r"PEERS \(cifar_resnet8\) and STAGES or GENERATIONS"):
+            plan(recipe, *peers)

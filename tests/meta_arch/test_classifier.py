@@ -255,3 +255,12 @@ def test_peers_and_what_terms_train_lie_beside_the_student_in_a_checkpoint(tmp_p
     again = build(tmp_path, "dml", *opts, seed=9)
     Checkpointer(again).load(str(tmp_path / "model.pth"), checkpointables=["sssd"])
     assert_same(state_of(model), state_of(again))
+
+
+@pytest.mark.parametrize("recipe", ["kd", "at", "at_gradient"])
+def test_the_teacher_runs_once_in_a_step(tmp_path, recipe):
+    model = build(tmp_path, recipe)
+    passes = []
+    model.teacher.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    losses_of(model)
+    assert passes == [recipe == "at_gradient"]
