@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from sssd.engine import ClassificationTrainer, load_config, plan_stages, stages
+from sssd.engine import ClassificationTrainer, load_config, plan_stages
+from sssd.engine.stage_runs import rehearse_stages
 from tests.classifiers import CONFIGS
 
 DATASETS = {  # name -> classes, channels, size
@@ -92,4 +93,4 @@ def test_the_schedule_fits_every_stage(path):
 def test_every_stage_takes_a_step_without_any_data(path, monkeypatch):
     monkeypatch.setattr(ClassificationTrainer, "build_train_loader", lambda cfg: None)
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
-    stages._rehearse_all(plan_stages(cfg), resume=False)
+    rehearse_stages(plan_stages(cfg), resume=False)

@@ -109,10 +109,10 @@ def notes(report: dict[str, Any]) -> str:
     """What the columns are, and where they were measured."""
     return (
         f"Interleaved in one run: {report['rounds']} rounds of {report['steps']} steps of each, "
-        f"after {report['warmup']} for warming up. Step: median of all. Ratio: to the first row, "
-        "median and quartiles over the rounds of the ratio in the same round. Data: loading a "
-        f"batch, no part of the step. Memory: {report['memory_is']}. Training only: parameters "
-        "that the trained model does not have, a frozen teacher's among them.\n\n"
+        f"after {report['warmup']} for warming up. Step: median of all. Time ratio: to the "
+        "first row, median and quartiles over the rounds of the ratio in the same round. Data: "
+        f"loading a batch, no part of the step. Memory: {report['memory_is']}. Training only: "
+        "parameters that the trained model does not have, a frozen teacher's among them.\n\n"
         f"{report['device']}, cores: {report['cores']}, threads of each process: "
         f"{report['threads']}, load before the start: {report['load_before']:.1f}; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())

@@ -3,7 +3,8 @@
 from .batch import Batch
 from .capture import Capture
 from .networks import build_network, classifier_of, load_network_weights
-from .term import TERMS, Surroundings, Term, Terms, build_terms, register_term
+from .surroundings import Surroundings
+from .term import TERMS, Term, Terms, build_terms, register_term
 
 __all__ = [
     "Batch",

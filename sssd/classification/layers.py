@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .batch import Batch
-from .term import Surroundings, Term
+from .surroundings import Surroundings
+from .term import Term
 
 __all__ = ["LayerPairs", "PairedTerm", "check_layers"]
 

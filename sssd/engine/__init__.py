@@ -11,7 +11,8 @@ from .labelenc import initialise_second_step, labelenc_step
 from .optimizer import build_optimizer, hold_frozen_parameters, optimizer_params
 from .scripts import launch_script, user_errors
 from .setup import describe_distillation, load_config, setup
-from .stages import last_stage, plan_stages, run_stages
+from .stage_runs import run_stages
+from .stages import last_stage, plan_stages
 from .trainer import Trainer
 
 __all__ = [

@@ -27,7 +27,7 @@ from torch import nn
 from ..meta_arch import ClassificationDistiller
 from .classification import ClassificationTrainer
 from .hooks import DistillationMetrics
-from .scripts import _USER_ERRORS
+from .scripts import USER_ERRORS
 from .trainer import Trainer
 
 __all__ = ["TrainingInTurns", "serve"]
@@ -54,7 +54,7 @@ def serve(cfg: CfgNode, connection: Connection) -> None:
                 connection.send(training.run(count))
     except (EOFError, BrokenPipeError):  # the other side is gone
         return
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         connection.send({"error": str(error)})
     except Exception as error:
         traceback.print_exc()

@@ -17,7 +17,8 @@ from detectron2.config import CfgNode
 
 from ..visualization import read_metrics
 from .comparison import TEACHER, Plan, Run, run_config
-from .stages import plan_stages, run_stages
+from .stage_runs import run_stages
+from .stages import plan_stages
 
 __all__ = ["execute"]
 
@@ -38,10 +39,10 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
     """
     output = scratch / run.name
     teacher = scratch / run.data / TEACHER / f"seed{run.seed}" / _WEIGHTS
-    cfg = run_config(plan, run, output, teacher)
     output.mkdir(parents=True, exist_ok=True)
     start = time.time()
     with _log_in(output / "log.txt"):
+        cfg = run_config(plan, run, output, teacher)
         results = run_stages(cfg, resume=True)
     last = results.get("ensemble") or list(results.values())[-1]
     record = {

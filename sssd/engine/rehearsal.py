@@ -7,7 +7,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..classification.term import cannot_take
+from ..classification.surroundings import cannot_take
 from ..meta_arch import ClassificationDistiller
 from ..meta_arch.passes import forked_random_state
 

@@ -10,10 +10,10 @@ from detectron2.engine import launch
 from ..data import AnnotationError, ImageError
 from .checkpoint import CheckpointError
 
-__all__ = ["launch_script", "user_errors"]
+__all__ = ["USER_ERRORS", "launch_script", "user_errors"]
 
 # What the user can mend, said in one sentence each.
-_USER_ERRORS = (
+USER_ERRORS = (
     AnnotationError,
     CheckpointError,
     FileNotFoundError,
@@ -28,7 +28,7 @@ def user_errors() -> Iterator[None]:
     """Ends the program with the sentence of an error that needs no traceback."""
     try:
         yield
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
 

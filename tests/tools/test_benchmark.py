@@ -167,7 +167,8 @@ def test_a_training_that_fails_is_named_with_its_reason():
 
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_training_that_is_killed_is_named():
+def test_a_training_that_is_killed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # it leaves its folder
     worker = Worker(job("ce"))
     try:
         os.kill(worker._process.pid, signal.SIGKILL)

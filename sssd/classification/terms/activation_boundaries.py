@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...losses import activation_boundary_loss
 from ..layers import LayerPairs, PairedTerm
 from ..modules import build_connector
-from ..term import Surroundings, register_term
+from ..surroundings import Surroundings
+from ..term import register_term
 
 
 @register_term("activation_boundaries")

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from ...losses import attention_loss
 from ..layers import LayerPairs, PairedTerm
-from ..term import Surroundings, register_term
+from ..surroundings import Surroundings
+from ..term import register_term
 
 
 @register_term("attention")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...losses import confidence_weighted_cross_entropy, kd_loss, permute_dark_knowledge
 from ..batch import Batch
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 class _BornAgain(Term):

@@ -8,7 +8,8 @@ from ...losses import mean_ensemble, own_teacher_loss, self_feature_loss
 from ..batch import Batch
 from ..layers import check_layers
 from ..modules import SectionHead
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 @register_term("own_teacher")

@@ -6,7 +6,8 @@ from torch import Tensor
 from ...losses import kd_loss
 from ..batch import Batch
 from ..statistics import statistics_held
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 @register_term("class_pairs")

@@ -5,7 +5,8 @@ from torch import Tensor
 from ...losses import confidence_penalty, cross_entropy
 from ...losses.logits import check_label_smoothing
 from ..batch import Batch
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 @register_term("cross_entropy")

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...losses import factor_loss, mse
 from ..batch import Batch
 from ..modules import FactorDecoder, FactorEncoder, check_map_shapes
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 PARAPHRASER = "paraphraser"
 _ERRORS = {"mse": mse, "l1": F.l1_loss}

@@ -9,7 +9,8 @@ from torch import Tensor
 from ...losses import hint_loss
 from ..batch import Batch
 from ..modules import build_regressor
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 @register_term("hint")

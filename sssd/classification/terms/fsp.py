@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...losses import fsp_loss, fsp_matrix
 from ..layers import LayerPairs, PairedTerm
-from ..term import Surroundings, register_term
+from ..surroundings import Surroundings
+from ..term import register_term
 
 
 @register_term("fsp")

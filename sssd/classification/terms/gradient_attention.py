@@ -14,7 +14,8 @@ from ...losses import (
 )
 from ..batch import Batch
 from ..statistics import statistics_held
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 class _GradientTerm(Term):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...losses import kd_loss, soft_cross_entropy
 from ..batch import Batch
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 SOFT_LOSSES = {"kl": kd_loss, "ce": soft_cross_entropy}
 

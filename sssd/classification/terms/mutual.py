@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...losses import mutual_learning_loss
 from ..batch import Batch
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 @register_term("mutual")

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from ...losses import gated_ensemble, gaussian_rampup, one_loss
 from ..batch import Batch
 from ..branches import NetworkTail
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 class Gate(nn.Sequential):

@@ -7,7 +7,8 @@ from torch import Tensor
 from ...losses import rkd_angle_loss, rkd_distance_loss
 from ..capture import EMBEDDING
 from ..layers import LayerPairs, PairedTerm
-from ..term import Surroundings, register_term
+from ..surroundings import Surroundings
+from ..term import register_term
 
 
 class _Relational(PairedTerm):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...losses import eta_from_target_confidence, tolerant_teacher_loss
 from ..batch import Batch
-from ..term import Surroundings, Term, register_term
+from ..surroundings import Surroundings
+from ..term import Term, register_term
 
 
 @register_term("tolerant_teacher")

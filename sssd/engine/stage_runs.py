@@ -1,0 +1,155 @@
+"""Trains the stages or generations of a classification one after the other."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from ..evaluation.ensemble import NetworkEnsemble
+from .checkpoint import Checkpointer
+from .classification import ClassificationTrainer, check_classification_data
+from .rehearsal import rehearse
+from .stages import RESULTS, Stage, plan_stages
+
+__all__ = ["rehearse_stages", "run_stages"]
+
+logger = logging.getLogger("sssd")
+
+_LAST = "last_checkpoint"  # the file in which Detectron2's checkpointer notes where to go on
+
+
+def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Trains all stages of a config, after a rehearsal of every one of them.
+
+    Args:
+        cfg: of the whole run.
+        resume: leave out the stages that are complete, and go on in the middle of the one that was
+            interrupted.
+
+    Returns:
+        Accuracies: name of the stage -> what its evaluation gave, and for generations "ensemble".
+        The same is in results.json in OUTPUT_DIR.
+
+    Raises:
+        ValueError: something in the config does not fit; before anything is trained.
+    """
+    stages = plan_stages(cfg)
+    check_classification_data(cfg)
+    rehearse_stages(stages, resume)
+    if not resume:
+        _forget(stages)
+    results = {}
+    for stage in stages:
+        if resume and os.path.isfile(stage.results) and os.path.isfile(stage.weights):
+            logger.info("The stage %r is complete: left as it is.", stage.name)
+            with open(stage.results) as f:
+                results[stage.name] = json.load(f)
+            continue
+        if len(stages) > 1:
+            logger.info("Stage %r of %s.", stage.name, ", ".join(s.name for s in stages))
+        results[stage.name] = _train(stage, resume)
+        _write(stage.results, results[stage.name])
+    if cfg.MODEL.SSSD.CLASSIFIER.GENERATIONS and cfg.DATASETS.TEST:
+        results["ensemble"] = _evaluate_generations(stages)
+    _write(os.path.join(cfg.OUTPUT_DIR, RESULTS), results)
+    return results
+
+
+def rehearse_stages(stages: list[Stage], resume: bool) -> None:
+    """Builds every stage and lets it take one step, with random weights where none exist yet.
+
+    Args:
+        stages: of a plan.
+        resume: do not ask for the weights to start from.
+
+    Raises:
+        ValueError: what does not fit, and in which stage.
+    """
+    models: dict[str, nn.Module] = {}
+    for stage in stages:
+        cfg = stage.cfg.clone()
+        cfg.defrost()
+        keys = cfg.MODEL.SSSD.CLASSIFIER
+        if stage.teacher is not None:
+            keys.TEACHER.WEIGHTS = ""
+        try:
+            ClassificationTrainer.build_train_loader(_without_workers(cfg))
+            model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+            earlier = {}
+            if stage.previous is not None:
+                (terms, *_) = models[stage.previous].training_parts["terms"]
+                earlier = {name: term.state_dict() for name, term in terms.items()}
+            if stage.previous is not None or not cfg.MODEL.WEIGHTS:
+                for terms in model.training_parts["terms"]:
+                    for term in terms.values():
+                        term.take_over(earlier)
+            rehearse(model, keys.SIZE)
+            if cfg.MODEL.WEIGHTS and stage.previous is None and not resume:
+                Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        except ValueError as error:
+            if len(stages) == 1:
+                raise
+            raise ValueError(f"In the stage {stage.name!r}: {error}") from error
+        models[stage.name] = model
+
+
+def _forget(stages: list[Stage]) -> None:
+    """Removes what a resume would take for the work of this run, where an earlier one has been."""
+    if comm.is_main_process():
+        for stage in stages:
+            folder = stage.cfg.OUTPUT_DIR
+            for path in (stage.results, *(os.path.join(folder, n) for n in (RESULTS, _LAST))):
+                if os.path.isfile(path):
+                    os.remove(path)
+    comm.synchronize()
+
+
+def _without_workers(cfg: CfgNode) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return cfg
+
+
+def _train(stage: Stage, resume: bool) -> dict[str, Any]:
+    cfg = stage.cfg
+    if comm.is_main_process():
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        with open(os.path.join(cfg.OUTPUT_DIR, "stage_config.yaml"), "w") as f:
+            f.write(cfg.dump())
+    comm.synchronize()
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    trainer = ClassificationTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    comm.synchronize()
+    return getattr(trainer, "_last_eval_results", {})
+
+
+def _evaluate_generations(stages: list[Stage]) -> dict[str, Any]:
+    """Accuracies of the mean of all generations, with and without the first."""
+    members = {}
+    for stage in stages:
+        cfg = stage.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+        Checkpointer(model).load(stage.weights, checkpointables=[], whole=True)
+        members[stage.name] = model.to(cfg.MODEL.DEVICE)
+    cfg = stages[-1].cfg
+    ensemble = NetworkEnsemble(members, average=cfg.MODEL.SSSD.CLASSIFIER.ENSEMBLE)
+    return ClassificationTrainer.test(cfg, ensemble)
+
+
+def _write(path: str, results: Mapping[str, Any]) -> None:
+    if comm.is_main_process():
+        with open(path + ".part", "w") as f:
+            json.dump(results, f, indent=2)
+        os.replace(path + ".part", path)
+    comm.synchronize()
