@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -27,12 +28,13 @@ from sssd.engine.comparison import (
     Plan,
     Run,
     final_options,
+    final_records,
     load_plan,
     read_record,
     trial_runs,
 )
 from sssd.engine.comparison_run import execute
-from sssd.evaluation.comparison_table import comparison_table
+from sssd.evaluation.comparison_table import comparison_rows, markdown_table
 
 
 def phases(plan: Plan, folder: Path, data: str) -> Iterator[list[Run]]:
@@ -108,20 +110,15 @@ def is_done(run: Run, folder: Path, scratch: Path) -> bool:
 
 
 def write_tables(plan: Plan, folder: Path) -> None:
+    header = ["method", "seeds", "accuracy", "difference", "ensemble", "settings"]
     for data in plan.data:
-        records = {
-            method.name: [
-                record
-                for seed in method.seeds
-                if (record := read_record(folder, Run(method, data, seed))) is not None
-            ]
-            for method in plan.methods.values()
-        }
-        if not any(records.values()):
-            continue
-        table = comparison_table(records, baseline=plan.baseline, metric=plan.metric)
-        (folder / f"{data}.md").write_text(table)
-        print(f"\n{data}:\n\n{table}")
+        rows = comparison_rows(
+            final_records(plan, folder, data), baseline=plan.baseline, metric=plan.metric
+        )
+        if rows:
+            table = markdown_table(header, [astuple(row) for row in rows])
+            (folder / f"{data}.md").write_text(table)
+            print(f"\n{data}:\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ from detectron2.config import CfgNode
 from .setup import load_config
 from .stages import plan_stages
 
-__all__ = ["Plan", "Run", "load_plan", "run_config"]
+__all__ = [
+    "Plan",
+    "Run",
+    "final_options",
+    "final_records",
+    "load_plan",
+    "run_config",
+    "trial_runs",
+]
 
 TEACHER = "teacher"
 
@@ -190,3 +198,15 @@ def trial_runs(plan: Plan, folder: Path, method: Method, data: str) -> list[Run]
         Run(method, data, plan.trial_seed, trial, {**common, **settings})
         for trial, settings in enumerate(method.trials)
     ]
+
+
+def final_records(plan: Plan, folder: Path, data: str) -> dict[str, list[dict[str, Any]]]:
+    """Method -> the records of its seeds that are there, in the order of the plan."""
+    return {
+        method.name: [
+            record
+            for seed in method.seeds
+            if (record := read_record(folder, Run(method, data, seed))) is not None
+        ]
+        for method in plan.methods.values()
+    }

@@ -1,13 +1,36 @@
-"""The table of a comparison: mean and spread of each method, and its difference to the baseline."""
+"""The tables of a comparison: mean and spread of each method, and the difference to a baseline."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["comparison_table", "paired_interval"]
+__all__ = ["Row", "comparison_rows", "markdown_table", "paired_interval"]
 
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the seeds of one method say, in percent, ready to print.
+
+    Attributes:
+        method: its name.
+        seeds: how many runs there are.
+        accuracy: mean and standard deviation.
+        difference: to the baseline of the same seeds, with its 95 % interval; empty for the
+            baseline, and for fewer than two common seeds.
+        ensemble: the best mean of the ensembles that it trains along; empty for none.
+        settings: its own, as chosen by its trials.
+    """
+
+    method: str
+    seeds: int
+    accuracy: str
+    difference: str
+    ensemble: str
+    settings: str
 
 
 def paired_interval(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
@@ -23,30 +46,22 @@ def paired_interval(values: Sequence[float], baseline: Sequence[float]) -> tuple
     return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * error
 
 
-def comparison_table(
+def comparison_rows(
     records: Mapping[str, Sequence[Record]], *, baseline: str, metric: str, split: str = "test"
-) -> str:
-    """A Markdown table.
+) -> list[Row]:
+    """A row for each method that has runs.
 
     Args:
         records: method -> the records of its seeds.
         baseline: method that the others are compared with, by seed.
         metric: such as "classification/top1".
         split: "validation" or "test".
-
-    Returns:
-        A row for each method: seeds, mean and standard deviation, paired difference to the baseline
-        with its 95 % interval, the best ensemble that the method has, and the settings.
     """
     reference = {r["seed"]: r[split][metric] for r in records.get(baseline, ())}
-    lines = [
-        "| method | seeds | accuracy | difference | ensemble | settings |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for method, runs in records.items():
         if not runs:
             continue
-        values = [r[split][metric] for r in runs]
         paired = [(r[split][metric], reference[r["seed"]]) for r in runs if r["seed"] in reference]
         difference = ""
         if method != baseline and len(paired) > 1:
@@ -57,15 +72,21 @@ def comparison_table(
             for key in runs[0][split]
             if key.startswith("ensemble") and key.endswith(metric.rpartition("/")[2])
         ]
-        best = max(ensembles, key=statistics.mean, default=None)
-        lines.append(
-            f"| {method} | {len(runs)} | {_spread(values)} | {difference} | "
-            f"{_spread(best) if best else ''} | {_settings(runs[0])} |"
-        )
-    return "\n".join(lines) + "\n"
+        best = max(ensembles, key=statistics.mean, default=())
+        accuracy = _spread([r[split][metric] for r in runs])
+        rows.append(Row(method, len(runs), accuracy, difference, _spread(best), _settings(runs[0])))
+    return rows
+
+
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *cells]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 

@@ -1,6 +1,11 @@
 import pytest
 
-from sssd.evaluation.comparison_table import comparison_table, paired_interval
+from sssd.evaluation.comparison_table import (
+    Row,
+    comparison_rows,
+    markdown_table,
+    paired_interval,
+)
 
 
 def record(seed, accuracy, ensemble=None, **options):
@@ -27,8 +32,9 @@ def test_a_row_pairs_by_seed_and_names_its_own_settings():
         ],
         "none": [],
     }
-    lines = comparison_table(records, baseline="ce", metric="classification/top1").splitlines()
-    assert lines[2] == "| ce | 3 | 91.00 ± 1.00 |  |  |  |"
+    ce, kd = comparison_rows(records, baseline="ce", metric="classification/top1")
+    assert ce == Row("ce", 3, "91.00 ± 1.00", "", "", "")
     # differences 1 and 2: mean 1.5, half-width 12.7062 * 0.5
-    assert lines[3] == "| kd | 2 | 92.50 ± 0.71 | +1.50 ± 6.35 | 94.50 ± 0.71 | kd.weight 0.5 |"
-    assert len(lines) == 4
+    assert kd == Row("kd", 2, "92.50 ± 0.71", "+1.50 ± 6.35", "94.50 ± 0.71", "kd.weight 0.5")
+    table = markdown_table(["a", "b"], [["x", 1], ["y", 2]])
+    assert table == "| a | b |\n| --- | --- |\n| x | 1 |\n| y | 2 |\n"
