@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .divergence import _widen, log_probabilities, mean_of
+from .divergence import _widen, kl_divergence, log_probabilities, mean_of
 from .logits import check_logits, cross_entropies, kd_loss, soft_cross_entropy
 
 __all__ = [
@@ -25,11 +25,11 @@ __all__ = [
 
 
 def mutual_learning_loss(
-    logits: Tensor, peers: Sequence[Tensor], *, reduction: str = "mean"
+    logits: Tensor, peers: Sequence[Tensor], *, reduction: str = "mean", target: str = "peer"
 ) -> Tensor:
     """KL(p_peer || p) at T = 1 over the peers: deep mutual learning (Zhang et al., 1706.00384).
 
-    The peer is the target, and gets no gradient; each network takes its own cross-entropy besides.
+    The peer gets no gradient; each network takes its own cross-entropy besides.
     The official code bounds the quotient of the probabilities by an epsilon, which changes the
     value by about 2e-6 of it; here the logarithms are exact.
 
@@ -38,16 +38,24 @@ def mutual_learning_loss(
         peers: logits (B, C) of each of the others, at least one.
         reduction: over the peers: "mean", the paper's 1 / (K - 1) for K networks, or "sum"
             (official code).
+        target: whose predictions weigh the logarithms: "peer" for KL(p_peer || p) (paper and
+            codes), or "own" for KL(p || p_peer), as lecture notes write it down.
 
     Raises:
-        ValueError: for no peer, logits of other or unequal shapes, or an unknown reduction.
+        ValueError: for no peer, logits of other or unequal shapes, or an unknown reduction or
+            target.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"Unknown reduction {reduction!r} over the peers; use 'mean' or 'sum'.")
+    if target not in ("peer", "own"):
+        raise ValueError(f"Unknown target {target!r} of mutual learning; use 'peer' or 'own'.")
     if len(peers) == 0:
         raise ValueError("Mutual learning needs the logits of at least one peer, got none.")
     check_logits("Mutual learning", logits, *peers)
-    total = sum(kd_loss(logits, peer, temperature=1.0) for peer in peers)
+    pairs = [
+        (peer.detach(), logits) if target == "peer" else (logits, peer.detach()) for peer in peers
+    ]
+    total = sum(kl_divergence(p, q, reduction="mean") for p, q in pairs)
     return total / len(peers) if reduction == "mean" else total
 
 

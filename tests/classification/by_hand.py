@@ -198,6 +198,11 @@ CASES = [
     ("tolerant_teacher", {}, tolerant(k=5, eta=3 / 7)),
     ("tolerant_teacher", {"confidence": 0.7, "k": 3}, tolerant(k=3, eta=2.1 / 4.1)),
     ("tolerant_teacher", {"confidence": 1}, lambda t, b: F.cross_entropy(b.logits, b.labels)),
+    (
+        "mutual",
+        {"target": "own"},
+        lambda t, b: losses.mutual_learning_loss(b.logits, b.peers, target="own"),
+    ),
     ("mutual", {}, lambda t, b: losses.mutual_learning_loss(b.logits, b.peers)),
     (
         "mutual",

@@ -63,6 +63,19 @@ def test_mutual_learning_has_the_peer_as_target_and_the_value_of_the_official_fo
     torch.testing.assert_close(mutual_learning_loss(own, [peer]), official, rtol=1e-5, atol=0)
 
 
+def test_mutual_learning_the_other_way_round_stops_at_the_peers_as_well():
+    own, peer = (torch.tensor([p], dtype=torch.float64).log() for p in ([0.5, 0.5], [0.25, 0.75]))
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert mutual_learning_loss(own, [peer], target="own").item() == pytest.approx(expected)
+    own, *peers = random_heads(3, 3, 5)
+    value = mutual_learning_loss(own, peers, target="own", reduction="sum")
+    divergences = [
+        F.kl_div(x.detach().log_softmax(1), own.softmax(1), reduction="batchmean") for x in peers
+    ]
+    assert_equal_with_gradients(value, sum(divergences), own)
+    assert gradients(value, peers) == (None, None)
+
+
 def test_gated_ensemble_by_hand():
     branches = torch.tensor([[[1.0, 2.0], [3.0, -4.0]], [[1.0, 2.0], [3.0, -4.0]]])
     gates = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
@@ -227,6 +240,7 @@ BRANCHES = torch.zeros(3, 2, 5)
         (partial(mutual_learning_loss, X, []), "at least one peer, got none"),
         (partial(mutual_learning_loss, X, X), r"got \(3, 5\) and \(5,\)"),
         (partial(mutual_learning_loss, X, [X], reduction="max"), "Unknown reduction 'max'"),
+        (partial(mutual_learning_loss, X, [X], target="both"), "Unknown target 'both'"),
         (partial(gated_ensemble, BRANCHES, X), r"got \(3, 2, 5\) and \(3, 5\)"),
         (partial(mean_ensemble, []), "at least one member, got none"),
         (partial(mean_ensemble, [X, X[:, :4]]), r"An ensemble .* got \(3, 5\) and \(3, 4\)"),

@@ -18,13 +18,16 @@ class MutualLearning(Term):
 
     needs_peers = True
 
-    def __init__(self, surroundings: Surroundings, reduction: str = "mean") -> None:
+    def __init__(
+        self, surroundings: Surroundings, reduction: str = "mean", target: str = "peer"
+    ) -> None:
         """
         Args:
             reduction: over the peers, "mean" (paper) or "sum" (official code).
+            target: "peer" for KL(p_peer || p) (paper and codes), "own" for KL(p || p_peer).
         """
         super().__init__()
-        self.reduction = reduction
+        self.options = {"reduction": reduction, "target": target}
 
     def forward(self, batch: Batch) -> Tensor:
-        return mutual_learning_loss(batch.logits, batch.peers, reduction=self.reduction)
+        return mutual_learning_loss(batch.logits, batch.peers, **self.options)
