@@ -18,6 +18,7 @@ __all__ = [
     "final_options",
     "final_records",
     "load_plan",
+    "read_record",
     "run_config",
     "trial_runs",
 ]
@@ -166,7 +167,12 @@ def best_trial(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str
 
 
 def read_record(folder: Path, run: Run) -> dict[str, Any] | None:
-    """What is kept of a run that is complete."""
+    """What is kept of a run that is complete; None if its settings were others."""
+    record = _record(folder, run)
+    return record if record is not None and record["options"] == dict(run.options) else None
+
+
+def _record(folder: Path, run: Run) -> dict[str, Any] | None:
     path = folder / f"{run.name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -206,7 +212,7 @@ def final_records(plan: Plan, folder: Path, data: str) -> dict[str, list[dict[st
         method.name: [
             record
             for seed in method.seeds
-            if (record := read_record(folder, Run(method, data, seed))) is not None
+            if (record := _record(folder, Run(method, data, seed))) is not None
         ]
         for method in plan.methods.values()
     }

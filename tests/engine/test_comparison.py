@@ -7,7 +7,14 @@ import pytest
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from sssd.engine.comparison import Run, final_options, load_plan, run_config, trial_runs
+from sssd.engine.comparison import (
+    Run,
+    final_options,
+    load_plan,
+    read_record,
+    run_config,
+    trial_runs,
+)
 from sssd.engine.comparison_run import execute
 from tests.conftest import REPOSITORY
 
@@ -147,3 +154,14 @@ def test_a_run_leaves_its_record_its_metrics_and_its_last_weights(tmp_path):
     )
     left = sorted(p.name for p in (tmp_path / "scratch" / "digits/born_again/seed1").iterdir())
     assert left == ["log.txt", "model_final.pth"]
+
+
+def test_a_record_of_other_settings_does_not_count(plan, tmp_path):
+    ce = plan.methods["ce"]
+    first, second = trial_runs(plan, tmp_path, ce, "digits")
+    write(tmp_path, first, 90)
+    write(tmp_path, Run(ce, "digits", 0, 1, {"SOLVER.BASE_LR": 0.3}), 91)
+    assert read_record(tmp_path, first)["validation"] == {"classification/top1": 90}
+    assert read_record(tmp_path, second) is None
+    with pytest.raises(ValueError, match="not complete"):
+        final_options(plan, tmp_path, ce, "digits")
