@@ -13,7 +13,9 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 # isort: split
 import argparse
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -54,8 +56,15 @@ def phases(plan: Plan, folder: Path, data: str) -> Iterator[list[Run]]:
         ]
 
 
-def one_thread() -> None:
+def begin_worker() -> None:
+    """One thread of computation, and no life after the command's own end."""
     torch.set_num_threads(1)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def main() -> None:
@@ -70,7 +79,7 @@ def main() -> None:
         plan, folder = load_plan(args.plan), args.plan.parent
         deadline = time.time() + 3600 * args.hours
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, context, initializer=one_thread) as pool:
+        with ProcessPoolExecutor(args.jobs, context, initializer=begin_worker) as pool:
             for data in args.data or plan.data:
                 for runs in phases(plan, folder, data):
                     if not complete(pool, plan, runs, folder, args, deadline):
