@@ -61,7 +61,9 @@ def tiny_config(recipe: str, output: Path, *opts) -> CfgNode:
         [
             "MODEL.DEVICE", "cpu", "DATASETS.TRAIN", (TINY,), "DATASETS.TEST", (),
             "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "SOLVER.WARMUP_ITERS", 0,
-            "SOLVER.IMS_PER_BATCH", 8, "SEED", 3, "OUTPUT_DIR", str(output), *opts,
+            "SOLVER.IMS_PER_BATCH", 8, "SEED", 3, "OUTPUT_DIR", str(output),
+            # As the stock networks that they are compared with, bit for bit.
+            KEYS + "CHANNELS_LAST", False, *opts,
         ],
     )  # fmt: skip
 

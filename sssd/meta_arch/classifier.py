@@ -49,6 +49,7 @@ class ClassificationDistiller(StudentWrapper):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         max_iter: int,
+        channels_last: bool = False,
     ) -> None:
         """
         Args:
@@ -59,6 +60,7 @@ class ClassificationDistiller(StudentWrapper):
             peers: networks that learn beside the student.
             pixel_mean, pixel_std: C values each, for pixels of 0 to 255.
             max_iter: iterations of the training, for what depends on its progress.
+            channels_last: memory format of convolutions and maps.
         """
         super().__init__()
         if len(terms) != 1 + len(peers):
@@ -71,6 +73,8 @@ class ClassificationDistiller(StudentWrapper):
         )
         self.max_iter = max_iter
         self.learner = 0
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
         shape = (-1, 1, 1)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(shape), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(shape), persistent=False)
@@ -117,6 +121,7 @@ class ClassificationDistiller(StudentWrapper):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_iter": cfg.SOLVER.MAX_ITER,
+            "channels_last": keys.CHANNELS_LAST,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -256,7 +261,8 @@ class ClassificationDistiller(StudentWrapper):
                     "MODEL.PIXEL_MEAN and PIXEL_STD as many values as the images have channels."
                 )
         stacked = torch.stack(images).to(self.device, non_blocking=True)
-        return (stacked - self.pixel_mean) / self.pixel_std
+        normalised = (stacked - self.pixel_mean) / self.pixel_std
+        return normalised.contiguous(memory_format=self.memory_format)
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:

@@ -60,15 +60,18 @@ def trained(cfg):
     return torch.load(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), weights_only=True)
 
 
-def test_cross_entropy_trains_as_a_plain_loop_does_bit_for_bit(tmp_path):
-    cfg = tiny_config("ce", tmp_path, *SOLVER)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cross_entropy_trains_as_a_plain_loop_does_bit_for_bit(tmp_path, layout):
+    last = layout == torch.channels_last
+    cfg = tiny_config("ce", tmp_path, *SOLVER, KEYS + "CHANNELS_LAST", last)
     run_stages(cfg)
 
     torch.manual_seed(cfg.SEED)
-    network = build_network("cifar_resnet8", num_classes=10, in_chans=1)
+    network = build_network("cifar_resnet8", num_classes=10, in_chans=1).to(memory_format=layout)
+    assert network.layer2[0].conv2.weight.is_contiguous(memory_format=layout)
     optimizer = sgd(network)
     for images, labels in batches(cfg):
-        loss = F.cross_entropy(network(images), labels)
+        loss = F.cross_entropy(network(images.contiguous(memory_format=layout)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
