@@ -24,6 +24,7 @@ __all__ = ["execute"]
 
 _LOGGERS = ("detectron2", "fvcore", "sssd")
 _WEIGHTS = "model_final.pth"
+_KEPT = (_WEIGHTS, "stage_config.yaml", "log.txt")
 
 
 def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
     Args:
         records: folder of what is kept: ``<run>.json`` and, logged by each stage,
             ``<run>_metrics.json.gz``.
-        scratch: folder of checkpoints and logs; of a complete run only the last weights stay.
+        scratch: folder of checkpoints and logs; of a complete run only the last
+            weights stay, with their config.
 
     Returns:
         The record: settings, accuracies in percent by split, seconds, commit.
@@ -113,9 +115,9 @@ def _commit() -> str:
 
 
 def _tidy(output: Path) -> None:
-    """Leaves the last weights and the log."""
+    """Leaves the last weights, their config and the log."""
     for path in output.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (_WEIGHTS, "log.txt"):
+        elif path.name not in _KEPT:
             path.unlink()

@@ -153,7 +153,7 @@ def test_a_run_leaves_its_record_its_metrics_and_its_last_weights(tmp_path):
         record["stages"]["generation1"]["test"]["classification/top1"], abs=1e-4
     )
     left = sorted(p.name for p in (tmp_path / "scratch" / "digits/born_again/seed1").iterdir())
-    assert left == ["log.txt", "model_final.pth"]
+    assert left == ["log.txt", "model_final.pth", "stage_config.yaml"]
 
 
 def test_a_record_of_other_settings_does_not_count(plan, tmp_path):
