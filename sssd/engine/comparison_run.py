@@ -24,7 +24,7 @@ __all__ = ["execute"]
 
 _LOGGERS = ("detectron2", "fvcore", "sssd")
 _WEIGHTS = "model_final.pth"
-_KEPT = (_WEIGHTS, "stage_config.yaml", "log.txt")
+_KEPT = (_WEIGHTS, "config.yaml", "log.txt")
 
 
 def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any]:
@@ -41,10 +41,10 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
     """
     output = scratch / run.name
     teacher = scratch / run.data / TEACHER / f"seed{run.seed}" / _WEIGHTS
-    output.mkdir(parents=True, exist_ok=True)
+    cfg = run_config(plan, run, output, teacher)
+    _prepare(output, cfg)
     start = time.time()
     with _log_in(output / "log.txt"):
-        cfg = run_config(plan, run, output, teacher)
         results = run_stages(cfg, resume=True)
     last = results.get("ensemble") or list(results.values())[-1]
     record = {
@@ -71,6 +71,15 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
     os.replace(path.with_suffix(".part"), path)
     _tidy(output)
     return record
+
+
+def _prepare(output: Path, cfg: CfgNode) -> None:
+    """A folder with the config, and with what an interrupted run of the same config has left."""
+    path = output / "config.yaml"
+    if output.is_dir() and not (path.is_file() and path.read_text() == cfg.dump()):
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(cfg.dump())
 
 
 def _by_split(cfg: CfgNode, results: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from sssd.engine.comparison import (
     run_config,
     trial_runs,
 )
-from sssd.engine.comparison_run import execute
+from sssd.engine.comparison_run import _prepare, execute
 from tests.conftest import REPOSITORY
 
 PLAN = """
@@ -153,7 +154,21 @@ def test_a_run_leaves_its_record_its_metrics_and_its_last_weights(tmp_path):
         record["stages"]["generation1"]["test"]["classification/top1"], abs=1e-4
     )
     left = sorted(p.name for p in (tmp_path / "scratch" / "digits/born_again/seed1").iterdir())
-    assert left == ["log.txt", "model_final.pth", "stage_config.yaml"]
+    assert left == ["config.yaml", "log.txt", "model_final.pth"]
+
+
+def test_what_is_left_of_a_run_with_other_settings_is_not_gone_on_with(plan, tmp_path):
+    born_again = plan.methods["born_again"]
+    scratch = tmp_path / "scratch"
+    run = Run(born_again, "digits", 1, options={"kd.weight": 0.5})
+    folder = scratch / run.name
+    cfg = run_config(plan, run, folder, None)
+    _prepare(folder, cfg)
+    (folder / "stage_results.json").write_text("{}")
+    _prepare(folder, cfg)
+    assert (folder / "stage_results.json").is_file()
+    _prepare(folder, run_config(plan, replace(run, options={"kd.weight": 0.7}), folder, None))
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
 def test_a_record_of_other_settings_does_not_count(plan, tmp_path):
