@@ -110,7 +110,7 @@ def _log_in(path: Path) -> Iterator[None]:
         yield
     finally:
         for logger in loggers:
-            logger.handlers = []
+            logger.handlers = [logging.NullHandler()]
         handler.close()
 
 
