@@ -4,12 +4,10 @@ import sssd  # noqa: F401  (spawned processes import this first: the compatibili
 
 # isort: split
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.engine import defaults
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +25,7 @@ from tests.classifiers import (
     tiny_config,
     tiny_records,
 )
+from tests.ranks import run_two_ranks
 
 RUNS = {
     "kd and pairs": ("kd", KEYS + "TERMS", [{"name": "cross_entropy"}, {"name": "kd"},
@@ -81,12 +80,7 @@ def train_one_rank(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(train_one_rank, args=(port, folder), nprocs=2)
-    return [torch.load(os.path.join(folder, f"{r}.pth"), weights_only=False) for r in range(2)]
+    return run_two_ranks(train_one_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.long

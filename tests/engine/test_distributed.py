@@ -4,12 +4,10 @@ import sssd  # noqa: F401  (spawned processes import this first: the compatibili
 
 # isort: split
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sssd.engine import hold_frozen_parameters
 from tests.detectors import tiny_config, training_input
+from tests.ranks import run_two_ranks
 
 STEPS = 4
 
@@ -55,12 +54,7 @@ def train_one_rank(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(train_one_rank, args=(port, folder), nprocs=2)
-    return [torch.load(os.path.join(folder, f"{rank}.pth")) for rank in range(2)]
+    return run_two_ranks(train_one_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def test_both_processes_hold_the_same_weights_through_every_phase(ranks):
