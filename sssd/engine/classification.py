@@ -97,10 +97,7 @@ class ClassificationTrainer(Trainer):
         super().resume_or_load(resume)
         if resume and self.checkpointer.has_checkpoint():
             return
-        earlier = _terms_of(self.cfg.MODEL.WEIGHTS)
-        for terms in self.checkpointer.model.training_parts["terms"]:
-            for term in terms.values():
-                term.take_over(earlier)
+        self.checkpointer.model.take_over(_terms_of(self.cfg.MODEL.WEIGHTS))
 
     def build_hooks(self) -> list:
         # First, so that every writer of the same iteration finds the values.

@@ -87,9 +87,7 @@ def rehearse_stages(stages: list[Stage], resume: bool) -> None:
                 (terms, *_) = models[stage.previous].training_parts["terms"]
                 earlier = {name: term.state_dict() for name, term in terms.items()}
             if stage.previous is not None or not cfg.MODEL.WEIGHTS:
-                for terms in model.training_parts["terms"]:
-                    for term in terms.values():
-                        term.take_over(earlier)
+                model.take_over(earlier)
             rehearse(model, keys.SIZE)
             if cfg.MODEL.WEIGHTS and stage.previous is None and not resume:
                 Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
@@ -136,9 +134,7 @@ def _evaluate_generations(stages: list[Stage]) -> dict[str, Any]:
     """Accuracies of the mean of all generations, with and without the first."""
     members = {}
     for stage in stages:
-        cfg = stage.cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""
+        cfg = stage.for_evaluation()
         model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
         Checkpointer(model).load(stage.weights, checkpointables=[], whole=True)
         members[stage.name] = model.to(cfg.MODEL.DEVICE)

@@ -42,6 +42,13 @@ class Stage:
         """The file with its accuracies, which is written when it is complete."""
         return os.path.join(self.cfg.OUTPUT_DIR, f"stage_{RESULTS}")
 
+    def for_evaluation(self) -> CfgNode:
+        """Its config without the teacher's checkpoint, since the teacher does not run there."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""
+        return cfg
+
 
 def plan_stages(cfg: CfgNode) -> list[Stage]:
     """The trainings that a config asks for, in their order.
@@ -91,10 +98,8 @@ def plan_stages(cfg: CfgNode) -> list[Stage]:
 
 def last_stage(cfg: CfgNode) -> CfgNode:
     """The config of the model that a run of ``cfg`` ends with, for evaluation."""
-    own = plan_stages(cfg)[-1].cfg.clone()
-    own.defrost()
+    own = plan_stages(cfg)[-1].for_evaluation()
     own.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS
-    own.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""  # it does not run in evaluation
     own.freeze()
     return own
 

@@ -1,6 +1,6 @@
 """Distillation of image classifiers: run the networks, and let the terms compare them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -230,6 +230,12 @@ class ClassificationDistiller(StudentWrapper):
     def terms(self) -> Terms:
         """The terms of the network that learns now."""
         return self.training_parts["terms"][self.learner]
+
+    def take_over(self, earlier: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Lets every term take weights from the stage before; see :meth:`Term.take_over`."""
+        for terms in self.training_parts["terms"]:
+            for term in terms.values():
+                term.take_over(earlier)
 
     def train(self, mode: bool = True) -> "ClassificationDistiller":
         super().train(mode)
