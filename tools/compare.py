@@ -31,6 +31,7 @@ from sssd.engine.comparison import (
     Run,
     final_options,
     final_records,
+    has_teacher,
     load_plan,
     read_record,
     trial_runs,
@@ -45,15 +46,14 @@ def phases(plan: Plan, folder: Path, data: str) -> Iterator[list[Run]]:
     yield trial_runs(plan, folder, plan.methods[plan.shared], data)
     shared = final_options(plan, folder, plan.methods[plan.shared], data)
     teacher = plan.methods[TEACHER]
-    yield [Run(teacher, data, plan.trial_seed, options=shared)]
-    yield [run for method in methods for run in trial_runs(plan, folder, method, data)]
-    for seed in plan.methods[plan.baseline].seeds:
-        yield [Run(teacher, data, seed, options=shared)]
-        yield [
-            Run(method, data, seed, options=final_options(plan, folder, method, data))
-            for method in methods
-            if seed in method.seeds and method.name != TEACHER
-        ]
+    trials = [run for method in methods for run in trial_runs(plan, folder, method, data)]
+    yield [Run(teacher, data, plan.trial_seed, options=shared), *trials]
+    yield [
+        Run(method, data, seed, options=final_options(plan, folder, method, data))
+        for seed in plan.methods[plan.baseline].seeds
+        for method in methods  # the teacher is the first
+        if seed in method.seeds
+    ]
 
 
 def begin_worker() -> None:
@@ -90,32 +90,53 @@ def main() -> None:
 
 def complete(pool, plan, runs, folder, args, deadline) -> bool:
     """Makes the runs that have no record; False if the time is over before."""
-    missing = [run for run in runs if not is_done(run, folder, args.scratch)]
-    waiting, running, start, done = list(missing), {}, time.time(), 0
+    waiting, teachers = missing_runs(plan, runs, folder, args.scratch)
+    total, running, start, done = len(waiting), {}, time.time(), 0
+
+    def next_run() -> Run | None:
+        """The first that need not wait for a teacher that is still to come."""
+        for run in waiting:
+            if run not in taught or run.seed not in teachers:
+                return run
+        return None
+
+    taught = [run for run in waiting if has_teacher(run)]
     while waiting or running:
-        while waiting and len(running) < args.jobs and time.time() < deadline:
-            run = waiting.pop(0)
+        while len(running) < args.jobs and time.time() < deadline and (run := next_run()):
+            waiting.remove(run)
             running[pool.submit(execute, plan, run, folder, args.scratch)] = run
         if not running:
             return False
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run, record = running.pop(future), future.result()
             done += 1
-            left = (time.time() - start) / done * (len(missing) - done)
+            if run.method.name == TEACHER:
+                teachers.discard(run.seed)
+            left = (time.time() - start) / done * (total - done)
             print(
                 f"{run.name}: {record['validation'][plan.metric]:.2f} on validation, "
-                f"{record['seconds']:.0f} s; {done}/{len(missing)}, about {left / 60:.0f} min left "
+                f"{record['seconds']:.0f} s; {done}/{total}, about {left / 60:.0f} min left "
                 "of this part",
                 flush=True,
             )
     return True
 
 
-def is_done(run: Run, folder: Path, scratch: Path) -> bool:
-    """Whether a run has a record; a teacher must have left its weights as well."""
-    if read_record(folder, run) is None:
-        return False
-    return run.method.name != TEACHER or (scratch / run.name / "model_final.pth").is_file()
+def missing_runs(plan, runs, folder, scratch) -> tuple[list[Run], set[int]]:
+    """The runs without a record, and the seeds whose teacher is among them.
+
+    A teacher whose weights are gone is missing too, where a run waits for it.
+    """
+    missing = [run for run in runs if read_record(folder, run) is None]
+    wanted = {run.seed for run in missing if has_teacher(run)}
+
+    def is_missing(run: Run) -> bool:
+        weights = scratch / run.name / "model_final.pth"
+        gone = run.method.name == TEACHER and run.seed in wanted and not weights.is_file()
+        return gone or run in missing
+
+    waiting = [run for run in runs if is_missing(run)]
+    return waiting, {run.seed for run in waiting if run.method.name == TEACHER}
 
 
 def write_tables(plan: Plan, folder: Path) -> None:

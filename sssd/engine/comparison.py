@@ -17,6 +17,7 @@ __all__ = [
     "Run",
     "final_options",
     "final_records",
+    "has_teacher",
     "load_plan",
     "read_record",
     "run_config",
@@ -117,6 +118,12 @@ def load_plan(path: str | Path) -> Plan:
                 "four are the budget of each."
             )
     return plan
+
+
+def has_teacher(run: Run) -> bool:
+    """Whether the config of a run has a teacher that is trained before."""
+    cfg = load_config(run.method.config.format(data=run.data), list(run.method.opts))
+    return bool(cfg.MODEL.SSSD.CLASSIFIER.TEACHER.NETWORK)
 
 
 def run_config(plan: Plan, run: Run, output: Path, teacher: Path | None) -> CfgNode:

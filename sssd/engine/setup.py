@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import log_first_n, setup_logger
 from torch import nn
 
 from ..config import add_sssd_config
@@ -45,7 +45,9 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
         cfg.merge_from_file(config_file, allow_unsafe=False)
     cfg.merge_from_list(list(opts))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("No GPU is available: MODEL.DEVICE is set to cpu.")
+        log_first_n(
+            logging.WARNING, "No GPU is available: MODEL.DEVICE is set to cpu.", name="sssd"
+        )
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
