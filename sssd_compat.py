@@ -10,8 +10,9 @@ deployment. Call `apply()` before importing `detectron2.layers` or `detectron2.d
 A script whose data-loader workers are *spawned* calls it at module level, so that the workers
 run it too. Every shim is decided by feature, never by version: it is applied when the sources of
 the installed Detectron2 use something and this environment lacks it. On a compiled Detectron2
-main nothing is changed; on an unbuilt one, deformable convolutions alone. On a compiled v0.6 with
-libraries of its time, FCOS alone is changed. The shims, by the names `apply()` returns:
+main only the GIoU loss is changed, in mixed precision; on an unbuilt one, deformable convolutions
+as well. On a compiled v0.6 with libraries of its time, that and FCOS. The shims, by the names that
+`apply()` returns:
 
 - ``extension``: stands in for the compiled ``detectron2._C`` that v0.6 imports at the top of its
   layers. Box detection never calls it; an operator that is called says what is missing.
@@ -22,6 +23,8 @@ libraries of its time, FCOS alone is changed. The shims, by the names `apply()` 
 - ``retinanet-groupnorm``: the heads of RetinaNet and FCOS ask for a GroupNorm of one channel to
   learn its type, which torch refuses.
 - ``fcos-empty-images``: v0.6's FCOS fails in training on an image without objects.
+- ``giou-mixed-precision``: under autocast the GIoU loss of FCOS compares boxes of two precisions,
+  which fvcore's refuses.
 - ``deformable-convolution``: ``DeformConv`` and ``ModulatedDeformConv`` without the compiled
   kernels, through torchvision's operator.
 """
@@ -303,6 +306,34 @@ def _shim_fcos(folder: Path) -> bool:
     return True
 
 
+def _shim_giou(folder: Path) -> bool:
+    if "giou_loss(" not in _source(folder, "modeling", "box_regression.py"):
+        return False
+    import torch
+    from fvcore.nn import giou_loss
+
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)  # a single value would be taken
+    try:
+        giou_loss(boxes.bfloat16(), boxes)
+    except RuntimeError:
+        pass
+    else:
+        return False
+
+    def patch(module: types.ModuleType) -> None:
+        original = module.giou_loss
+
+        @functools.wraps(original)
+        def in_one_precision(boxes1, boxes2, *args, **kwargs):
+            dtype = torch.promote_types(boxes1.dtype, boxes2.dtype)
+            return original(boxes1.to(dtype), boxes2.to(dtype), *args, **kwargs)
+
+        module.giou_loss = in_one_precision
+
+    _patch_module("detectron2.modeling.box_regression", patch)
+    return True
+
+
 def _modulated_deform_conv(
     input,
     offset,
@@ -417,6 +448,7 @@ _SHIMS: dict[str, Callable[[Path], bool]] = {
     "sample-from-set": _shim_sample,
     "retinanet-groupnorm": _shim_groupnorm,
     "fcos-empty-images": _shim_fcos,
+    "giou-mixed-precision": _shim_giou,
     "deformable-convolution": _shim_deformable,
 }
 _patches: dict[str, Callable[[types.ModuleType], None]] = {}

@@ -117,6 +117,21 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.SOLVER.TEACHER_BASE_LR = -1.0
     # Weight decay of the teacher; negative for SOLVER.WEIGHT_DECAY.
     cfg.MODEL.SSSD.SOLVER.TEACHER_WEIGHT_DECAY = -1.0
+    # With SOLVER.AMP.ENABLED: "float16" (with a loss scale) or "bfloat16"; on the CPU as well.
+    cfg.MODEL.SSSD.SOLVER.AMP_PRECISION = "float16"
+    # Parts in which the images of a batch (SOLVER.IMS_PER_BATCH) go through the model, one after
+    # the other, where memory does not hold them at once; gradients are averaged. Batch
+    # normalisation sees a part.
+    cfg.MODEL.SSSD.SOLVER.BATCH_PARTS = 1
+    # Iterations with a loss or gradient that is not finite which are skipped before one stops the
+    # run.
+    cfg.MODEL.SSSD.SOLVER.MAX_SKIPPED = 0
+
+    # ---- Exponential moving average of the student's weights ----
+    cfg.MODEL.SSSD.AVERAGING = CN()
+    # Weight of the past in each iteration, such as 0.999; 0 for no average. It is evaluated beside
+    # the weights (averaged/...), and in checkpoints beside "model".
+    cfg.MODEL.SSSD.AVERAGING.DECAY = 0.0
 
     cfg.MODEL.SSSD.TEST = CN()
     # Evaluate the teacher's pyramid, too: the same heads with the ground truth in hand. It is a

@@ -3,6 +3,7 @@
 Positions in a map are (y, x), counted from the centre of its first cell.
 """
 
+import copy
 import inspect
 from itertools import product
 from pathlib import Path
@@ -111,6 +112,31 @@ def test_fcos_trains_on_images_without_objects(fcos, counts):
         assert losses["loss_fcos_loc"] == losses["loss_fcos_ctr"] == 0
     for name, parameter in fcos.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fcos_trains_under_autocast(fcos, dtype):
+    fcos.train()
+    inputs = [training_input(3, seed=i) for i in range(2)]
+    with EventStorage():  # the other one keeps its average of positive anchors
+        expected = copy.deepcopy(fcos)(inputs)
+    with EventStorage(), torch.autocast("cpu", dtype):
+        losses = fcos(inputs)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(expected[name].item(), rel=0.05), name
+
+
+@needs("giou-mixed-precision")
+def test_the_giou_loss_of_two_precisions_is_that_of_the_higher():
+    from detectron2.modeling import box_regression
+
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]] * 2), torch.tensor([[0.0, 0.0, 1.0, 2.0]] * 2)
+    # Half of the area in common, no gap: 1 - 1/2, of both boxes.
+    for first in (boxes[0], boxes[0].bfloat16()):
+        loss = box_regression.giou_loss(first, boxes[1])
+        assert loss.dtype == torch.float32 and loss.tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+    double = box_regression.giou_loss(*(x.double() for x in boxes))
+    assert double.dtype == torch.float64 and double.tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 # --- deformable convolutions ---------------------------------------------------------------

@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser
 
 from sssd import add_sssd_config
 from sssd.classification import terms as _terms  # noqa: F401  (registers them)
 from sssd.classification.term import TERMS
-from sssd.engine import load_config
+from sssd.engine import argument_parser, load_config
 from sssd.losses import coefficient_schedule
 from tests.conftest import REPOSITORY
 
@@ -129,7 +128,7 @@ def test_commands_name_scripts_configs_and_keys_that_exist(page):
             assert (REPOSITORY / words[1]).is_file(), line
             if "--config-file" in words and "..." not in words:
                 flags = words[words.index("--config-file") :]
-                args = default_argument_parser().parse_args(flags)
+                args = argument_parser().parse_args(flags)
                 load_config(str(REPOSITORY / args.config_file), args.opts)
 
 

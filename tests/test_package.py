@@ -54,6 +54,6 @@ def test_without_detectron2_the_first_use_says_how_to_get_it():
 
 
 def test_detection_imports_without_the_extras():
-    hidden = {"timm", "sklearn", "torchdata", "faster_coco_eval", "scipy"}
+    hidden = {"timm", "sklearn", "faster_coco_eval", "scipy"}
     result = run_without(hidden, "import sssd, sssd.engine; print('fine')")
     assert result.stdout.strip() == "fine", result.stderr

@@ -29,10 +29,15 @@ def main() -> None:
         default="",
         help="config of the training; default: the one beside the checkpoint",
     )
+    parser.add_argument(
+        "--averaged",
+        action="store_true",
+        help="the averaged weights (MODEL.SSSD.AVERAGING.DECAY) instead of the last ones",
+    )
     args = parser.parse_args()
     config_file = args.config_file or config_beside(args.checkpoint)
     try:
-        written = export_student(args.checkpoint, config_file, args.output)
+        written = export_student(args.checkpoint, config_file, args.output, args.averaged)
     except (CheckpointError, FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"wrote {args.output}/model.pth and {written}")

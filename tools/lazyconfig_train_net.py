@@ -7,7 +7,9 @@
 
 The flags, and what a config holds (model, dataloader, optimizer, lr_multiplier, train), are those
 of Detectron2's script of the same name. For LabelEnc's second step, train.first_step names the
-checkpoint of the first.
+checkpoint of the first. train.amp.precision may be "bfloat16"; with train.batch_parts k, the
+gradients of k batches of the loader make one update; up to train.max_skipped iterations that are
+not finite are skipped; train.averaging_decay averages the weights (as MODEL.SSSD.AVERAGING.DECAY).
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
@@ -19,14 +21,10 @@ from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
-    AMPTrainer,
-    SimpleTrainer,
-    default_argument_parser,
     default_setup,
     default_writers,
     hooks,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -34,19 +32,32 @@ from torch import nn
 
 from sssd import SelfDistiller
 from sssd.engine import (
+    AveragedWeights,
     Checkpointer,
-    DistillationMetrics,
+    TrainingStep,
+    argument_parser,
     describe_distillation,
+    distributed,
     hold_frozen_parameters,
     initialise_second_step,
     launch_script,
+    save_last_good,
+    set_earlier_run_aside,
+    training_hooks,
+    with_averaged,
 )
 
 
-def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, Any] | None:
-    """Evaluates, where the config names an evaluator."""
+def do_test(
+    cfg: DictConfig, model: nn.Module, averaged: AveragedWeights | None = None
+) -> dict[str, Any] | None:
+    """Evaluates, where the config names an evaluator; averaged weights as well."""
     if "evaluator" not in cfg.dataloader:
         return None
+    if averaged is not None:
+        with averaged.in_place():
+            of_average = do_test(cfg, model)
+        return with_averaged(do_test(cfg, model), of_average, several=False)
     results = inference_on_dataset(
         model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
     )
@@ -58,35 +69,42 @@ def do_train(args: argparse.Namespace, cfg: DictConfig) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    of_distillation = []
     if isinstance(model, SelfDistiller):
         hold_frozen_parameters(optimizer, model)
-        of_distillation = [DistillationMetrics(model)]
         logging.getLogger("detectron2").info(describe_distillation(model))
 
-    model = create_ddp_model(model, **cfg.train.ddp)
-    make_trainer = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = make_trainer(model, instantiate(cfg.dataloader.train), optimizer)
-    # Detectron2 v0.6's trainers keep the optimizer out of their state.
-    own = {} if "optimizer" in trainer.state_dict() else {"optimizer": optimizer}
-    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer, **own)
-    of_main_process = []
-    if comm.is_main_process():
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        of_main_process = [
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-            hooks.PeriodicWriter(writers, period=cfg.train.log_period),
-        ]
-    trainer.register_hooks(
-        [
-            *of_distillation,
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            *of_main_process[:1],
-            hooks.EvalHook(cfg.train.eval_period, lambda: do_test(cfg, model)),
-            *of_main_process[1:],
-        ]
+    model = distributed(model, **cfg.train.ddp)
+    trainer = TrainingStep(
+        model,
+        instantiate(cfg.dataloader.train),
+        optimizer,
+        precision=cfg.train.amp.get("precision", "float16") if cfg.train.amp.enabled else "float32",
+        num_batches=cfg.train.get("batch_parts", 1),
+        max_skipped=cfg.train.get("max_skipped", 0),
     )
+    checkpointer = Checkpointer(model, cfg.train.output_dir, trainer=trainer)
+    averaged = None
+    if cfg.train.get("averaging_decay"):
+        averaged = AveragedWeights(checkpointer.model, cfg.train.averaging_decay)
+        checkpointer.add_checkpointable("averaged", averaged)
+    trainer.save_last_good = lambda: save_last_good(trainer, checkpointer)
+    trainer.register_hooks(
+        training_hooks(
+            checkpointer.model,
+            checkpointer,
+            loaders={"train": trainer.data_loader},
+            scheduler=hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            checkpoint_period=cfg.train.checkpointer.period,
+            max_to_keep=cfg.train.checkpointer.get("max_to_keep"),
+            eval_period=cfg.train.eval_period,
+            evaluate=lambda: do_test(cfg, model, averaged),
+            averaged=averaged,
+            make_writers=lambda: default_writers(cfg.train.output_dir, cfg.train.max_iter),
+            writer_period=cfg.train.log_period,
+        )
+    )
+    if not args.resume and comm.is_main_process():
+        set_earlier_run_aside(cfg.train.output_dir)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     resumed = args.resume and checkpointer.has_checkpoint()
     if cfg.train.get("first_step") and not resumed:
@@ -102,8 +120,8 @@ def main(args: argparse.Namespace) -> None:
         return
     model = instantiate(cfg.model).to(cfg.train.device)
     Checkpointer(model).load(cfg.train.init_checkpoint, checkpointables=[], whole=True)
-    do_test(cfg, create_ddp_model(model))
+    do_test(cfg, distributed(model))
 
 
 if __name__ == "__main__":
-    launch_script(main, default_argument_parser().parse_args())
+    launch_script(main, argument_parser().parse_args())

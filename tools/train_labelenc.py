@@ -14,12 +14,20 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 # isort: split
 import argparse
 import os
+import signal
 import subprocess
 import sys
 
-from detectron2.engine import default_argument_parser
-
-from sssd.engine import Trainer, labelenc_step, launch_script, load_config, setup, user_errors
+from sssd.engine import (
+    Trainer,
+    argument_parser,
+    labelenc_step,
+    launch_script,
+    load_config,
+    setup,
+    signals_passed_on,
+    user_errors,
+)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,20 +38,28 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run_both(args: argparse.Namespace) -> int:
-    """Each step in a process of its own; with --resume, a step 1 that is complete is skipped."""
+    """Each step in a process of its own; with --resume, a step 1 that is complete is skipped.
+
+    SIGTERM, and the end of the time, go to the step that runs.
+    """
     folder = labelenc_step(load_config(args.config_file, args.opts), 1).OUTPUT_DIR
-    for step in (1, 2):
-        if step == 1 and args.resume and os.path.isfile(os.path.join(folder, "model_final.pth")):
-            continue
-        command = [sys.executable, sys.argv[0], "--step", str(step), *sys.argv[1:]]
-        status = subprocess.run(command).returncode
-        if status:
-            return status
+    processes: list[subprocess.Popen] = []
+    with signals_passed_on(processes):
+        signal.setitimer(signal.ITIMER_REAL, args.time_limit or 0)
+        for step in (1, 2):
+            done = os.path.isfile(os.path.join(folder, "model_final.pth"))
+            if step == 1 and args.resume and done:
+                continue
+            command = [sys.executable, sys.argv[0], "--step", str(step), *sys.argv[1:]]
+            processes[:] = [subprocess.Popen(command)]
+            status = processes[0].wait()
+            if status:
+                return status
     return 0
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser()
+    parser = argument_parser()
     parser.add_argument("--step", type=int, choices=(1, 2), help="one step alone")
     args = parser.parse_args()
     if args.step is not None:

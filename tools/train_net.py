@@ -15,13 +15,13 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 # isort: split
 import argparse
 
-from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from sssd.engine import (
     ClassificationTrainer,
     Trainer,
+    argument_parser,
     last_stage,
     launch_script,
     run_stages,
@@ -50,4 +50,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    launch_script(main, default_argument_parser().parse_args())
+    launch_script(main, argument_parser().parse_args())

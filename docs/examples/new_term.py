@@ -7,12 +7,11 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 
 # isort: split
 import torch.nn.functional as F
-from detectron2.engine import default_argument_parser
 from torch import Tensor
 
 from sssd.classification import register_term
 from sssd.classification.layers import PairedTerm
-from sssd.engine import launch_script, run_stages, setup
+from sssd.engine import argument_parser, launch_script, run_stages, setup
 from sssd.losses import mse
 
 
@@ -37,4 +36,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch_script(main, default_argument_parser().parse_args())
+    launch_script(main, argument_parser().parse_args())

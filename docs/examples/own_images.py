@@ -10,12 +10,11 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 # isort: split
 import sys
 
-from detectron2.engine import default_argument_parser
 from timm.models import register_model
 from torch import Tensor, nn
 
 from sssd.data import register_image_folder
-from sssd.engine import launch_script, run_stages, setup
+from sssd.engine import argument_parser, launch_script, run_stages, setup
 
 
 def _stage(width_in: int, width: int) -> nn.Sequential:
@@ -51,6 +50,6 @@ def main(args):
 if __name__ == "__main__":
     # The two folders come first; the rest is Detectron2's.
     train_folder, val_folder, *rest = sys.argv[1:]
-    args = default_argument_parser().parse_args(rest)
+    args = argument_parser().parse_args(rest)
     args.train_folder, args.val_folder = train_folder, val_folder
     launch_script(main, args)

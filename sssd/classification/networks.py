@@ -106,13 +106,14 @@ def classifier_of(network: nn.Module) -> nn.Module:
     )
 
 
-def load_network_weights(network: nn.Module, path: str, name: str) -> None:
-    """Fills a network from a file: a state dict, or a checkpoint that has one under "model".
+def load_network_weights(network: nn.Module, path: str, name: str, entry: str = "model") -> None:
+    """Fills a network from a file: a state dict, or a checkpoint that has one in an entry.
 
     Args:
         network: what ``build_network`` gave.
         path: of the file.
         name: of the network, for the errors.
+        entry: of the checkpoint; another one than "model" must be there.
 
     Raises:
         ValueError: the file is missing or damaged, or of another architecture or class count.
@@ -131,7 +132,9 @@ def load_network_weights(network: nn.Module, path: str, name: str) -> None:
             "truncated or no checkpoint; use another one."
         ) from error
     if isinstance(state, dict):
-        state = state.get("model", state)
+        if entry != "model" and entry not in state:
+            raise ValueError(f"The checkpoint {path} has no {entry} weights: use another one.")
+        state = state.get(entry, state)
     state = state if isinstance(state, dict) else {}
     own = network.state_dict()
     strange = next((key for key in state if key not in own), None)

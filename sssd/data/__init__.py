@@ -13,15 +13,19 @@ from .classification_check import ClassificationReport, check_classification_dat
 from .classification_sources import DatasetError
 from .datasets import dataset_files, is_coco_style, register_datasets
 from .demo import make_demo_dataset
+from .errors import DataError
 from .mapper import CheckedDatasetMapper, ImageError
+from .train_loader import build_resumable_train_loader, train_loader_from_config
 
 __all__ = [
     "AnnotationError",
     "AnnotationReport",
     "CheckedDatasetMapper",
     "ClassificationReport",
+    "DataError",
     "DatasetError",
     "ImageError",
+    "build_resumable_train_loader",
     "check_annotation_file",
     "check_classification_dataset",
     "check_dataset",
@@ -31,4 +35,5 @@ __all__ = [
     "register_datasets",
     "register_image_folder",
     "register_npz",
+    "train_loader_from_config",
 ]

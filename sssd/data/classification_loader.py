@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.data import DatasetFromList, MapDataset
-from detectron2.data.build import build_batch_data_loader, trivial_batch_collator
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from .classification_check import check_same_classes, read_dataset
 from .classification_sources import DatasetError
 from .coco_file import listed
+from .train_loader import MappedRecords, ResumableLoader
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -24,10 +24,11 @@ class SameClassPairs(Dataset):
     Sample i is the mapped record i and, under "pair", the image of another record of its class,
     each other one being equally likely, mapped (and so augmented) on its own.
 
-    The second index is drawn where the sample is made, from the global generator of torch of that
-    worker. So any sampler of single indices shards the pairs over processes and workers. The
-    official code (alinlab/cs-kd) draws all indices in the main process by a batch sampler, which a
-    distributed sampler cannot shard, and its pair may be the very same image, augmented anew.
+    The second index is drawn where the sample is made, from NumPy's global generator, as
+    augmentations draw. So any sampler of single indices shards the pairs over processes and
+    workers. The official code (alinlab/cs-kd) draws all indices in the main process by a batch
+    sampler, which a distributed sampler cannot shard, and its pair may be the very same image,
+    augmented anew.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SameClassPairs(Dataset):
 
     def _draw(self, index: int) -> int:
         """The position of another record of the same class."""
-        rank = int(self._start[index]) + int(torch.randint(int(self._count[index]) - 1, ()))
+        rank = int(self._start[index]) + np.random.randint(self._count[index] - 1)
         return int(self._by_class[rank + (rank >= self._rank[index])])
 
 
@@ -81,7 +82,7 @@ def build_classification_train_loader(
     num_workers: int,
     seed: int | None,
     pairs: bool = False,
-) -> DataLoader:
+) -> ResumableLoader:
     """An endless loader of shuffled batches, each image once in every pass over the data.
 
     Args:
@@ -89,10 +90,9 @@ def build_classification_train_loader(
             together.
         mapper: record -> sample.
         total_batch_size: images a step, over all processes; each gets an equal part.
-        num_workers: workers of each process; with 0 the mapper runs in the process itself and
-            draws from its generators, whatever the seed.
-        seed: the same in all processes: of the order, and of what the workers draw, which differs
-            between processes. None draws a new order, and leaves the workers to torch's seed.
+        num_workers: workers of each process.
+        seed: of the order and of what each sample draws; None draws one, the same for all
+            processes.
         pairs: adds "pair" to the samples, see ``SameClassPairs``.
 
     Returns:
@@ -103,12 +103,6 @@ def build_classification_train_loader(
             has a single image that needs a pair.
         ValueError: the batch cannot be divided among the processes.
     """
-    processes = comm.get_world_size()
-    if total_batch_size < 1 or total_batch_size % processes:
-        raise ValueError(
-            f"A batch of {total_batch_size} images cannot be divided among {processes} processes: "
-            f"set SOLVER.IMS_PER_BATCH to a multiple of {processes}."
-        )
     names = [dataset_names] if isinstance(dataset_names, str) else list(dataset_names)
     if not names:
         raise DatasetError("There is no dataset to train on: name one in DATASETS.TRAIN.")
@@ -118,19 +112,14 @@ def build_classification_train_loader(
     if pairs:
         dataset: Dataset = SameClassPairs(records, mapper, contents[0][1])
     else:
-        dataset = MapDataset(DatasetFromList(records, copy=False), mapper)
-    loader = build_batch_data_loader(
+        dataset = MappedRecords(DatasetFromList(records, copy=False), mapper)
+    return ResumableLoader(
         dataset,
-        TrainingSampler(len(dataset), seed=seed),
-        total_batch_size,
+        lambda seed: TrainingSampler(len(records), seed=seed),
+        total_batch_size=total_batch_size,
         num_workers=num_workers,
+        seed=comm.shared_random_seed() if seed is None else seed,
     )
-    if seed is not None:
-        # The workers' seeds come from the loader's generator. Only Detectron2 main has an argument
-        # for it, and that would make the workers of all processes draw the same.
-        words = np.random.SeedSequence([seed, comm.get_rank()]).generate_state(1)
-        loader.generator = torch.Generator().manual_seed(int(words[0]))
-    return loader
 
 
 def build_classification_test_loader(

@@ -12,13 +12,14 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from .coco_file import listed
+from .errors import DataError
 
 # Every machine and every version of NumPy gives the same splits: RandomState's streams are frozen.
 SPLIT_SEED = 0
 DIGITS_TEST_FRACTION = 0.2
 
 
-class DatasetError(ValueError):
+class DatasetError(DataError):
     """Classification data that cannot be used; the message names it and the fix."""
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from .errors import DataError
+
 _TYPE_NAMES = {list: "a list", int: "a whole number", str: "a text"}
 
 
-class AnnotationError(ValueError):
+class AnnotationError(DataError):
     """An annotation file that cannot be used; the message names the file, the entry and the fix."""
 
 

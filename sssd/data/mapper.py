@@ -4,8 +4,10 @@ from typing import Any
 
 from detectron2.data import DatasetMapper, detection_utils
 
+from .errors import DataError
 
-class ImageError(RuntimeError):
+
+class ImageError(DataError):
     """An image of the dataset is missing, damaged, or of another size than annotated."""
 
 

@@ -3,27 +3,36 @@
 from .. import _detectron2  # noqa: F401
 
 # isort: split
-from .checkpoint import Checkpointer, CheckpointError
+from .averaging import AveragedWeights, with_averaged
+from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .classification import ClassificationTrainer
 from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
 from .labelenc import initialise_second_step, labelenc_step
 from .optimizer import build_optimizer, hold_frozen_parameters, optimizer_params
-from .scripts import launch_script, user_errors
+from .processes import distributed
+from .scripts import argument_parser, launch_script, user_errors
 from .setup import describe_distillation, load_config, setup
+from .signals import signals_passed_on
 from .stage_runs import run_stages
 from .stages import last_stage, plan_stages
 from .trainer import Trainer
+from .training_hooks import save_last_good, training_hooks
+from .training_step import TrainingStep
 
 __all__ = [
+    "AveragedWeights",
     "BestCheckpointer",
     "CheckpointError",
     "ClassificationTrainer",
     "Checkpointer",
     "DistillationMetrics",
     "Trainer",
+    "TrainingStep",
+    "argument_parser",
     "build_optimizer",
     "describe_distillation",
+    "distributed",
     "export_student",
     "hold_frozen_parameters",
     "initialise_second_step",
@@ -34,6 +43,11 @@ __all__ = [
     "optimizer_params",
     "plan_stages",
     "run_stages",
+    "save_last_good",
+    "set_earlier_run_aside",
     "setup",
+    "signals_passed_on",
+    "training_hooks",
     "user_errors",
+    "with_averaged",
 ]

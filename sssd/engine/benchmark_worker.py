@@ -196,11 +196,15 @@ class _StepsOnly:
     def build_train_loader(cls, cfg: CfgNode) -> "_LoadedAhead":
         return _LoadedAhead(super().build_train_loader(cfg))
 
-    def _stop(self, error: FloatingPointError) -> None:
-        raise FloatingPointError(
-            "a loss is not finite with the weights that it starts from; give a detector trained "
-            "ones (MODEL.WEIGHTS)."
-        ) from error
+    def run_step(self) -> None:
+        self._trainer.save_last_good = None
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                "a loss is not finite with the weights that it starts from; give a detector "
+                "trained ones (MODEL.WEIGHTS)."
+            ) from error
 
 
 class _DetectionSteps(_StepsOnly, Trainer):

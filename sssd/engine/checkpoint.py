@@ -7,27 +7,46 @@ A file written during distillation holds
 - ``sssd``: of a detector the teacher, the adapter and, where there is one, the share controller; of
   a classifier what its terms train beside it, and its peers;
 - ``trainer``: iteration, optimizer, states of the hooks (learning-rate schedule and others).
+
+Beside them, ``last_checkpoint`` names the newest, as everywhere in Detectron2, and
+``checkpoints.json`` all of the run, oldest first.
 """
 
+import json
+import logging
+import os
+from contextlib import suppress
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..meta_arch import ClassificationDistiller
+from .files import PART, write_whole
+from .processes import file_of_main, from_main
 
-__all__ = ["Checkpointer", "CheckpointError"]
+__all__ = ["Checkpointer", "CheckpointError", "set_earlier_run_aside"]
+
+logger = logging.getLogger("sssd")
+
+_NEWEST, _ALL = "last_checkpoint", "checkpoints.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used, said in one sentence."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """The content of the file is no checkpoint, or not all of one."""
+
+
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which also keeps the training parts and refuses half a match.
 
+    A file is there whole or not at all, and ``last_checkpoint`` names none but whole ones.
     Detectron2 skips what does not fit with a warning in the log. Here
 
+    - a resume whose newest file is damaged goes on from the one before;
     - a resume must find all that was saved: the whole model and every checkpointable;
     - a file for evaluation must fill the whole model;
     - a file to start from may leave heads untouched (fine-tuning), but not the backbone; of a
@@ -38,12 +57,95 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **kwargs)
         self._resuming = False
         self._expected: list[str] = []
+        self._entry = "model"
         self._whole = False
+        self._files: list[str] = []  # of this run, oldest first
+        self.last_iteration = -1  # that has been saved
         if hasattr(self.model, "training_parts"):
             self.add_checkpointable("sssd", self.model.training_parts)
 
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Saves model and checkpointables as ``<name>.pth``.
+
+        Raises:
+            CheckpointError: the file cannot be written; what was there before still is.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:  # of a storage service, which names whole objects only
+            super().save(name, **kwargs)
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, obj.state_dict()) for key, obj in self.checkpointables.items())
+        data.update(kwargs)
+        file = f"{name}.pth"
+        path = os.path.join(self.save_dir, file)
+        self.logger.info(f"Saving checkpoint to {path}")
+        files = [*(other for other in self._files if other != file), file]
+        listed = json.dumps(files).encode()
+        try:
+            write_whole(path, lambda f: torch.save(data, f))
+            write_whole(os.path.join(self.save_dir, _ALL), lambda f: f.write(listed))
+            write_whole(os.path.join(self.save_dir, _NEWEST), lambda f: f.write(file.encode()))
+        except (OSError, RuntimeError) as error:  # of torch's writer
+            # torch's writer complains about its position, after the disk has said why.
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = str(cause).strip().splitlines()[0]
+            raise CheckpointError(
+                f"The checkpoint {path} cannot be written ({reason}): make room, or set OUTPUT_DIR "
+                "to a folder that can be written, and go on with --resume from the checkpoint "
+                "before, which is unharmed."
+            ) from error
+        self._files = files
+        self.last_iteration = kwargs.get("iteration", -1)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Goes on from the newest checkpoint of the folder that can be read, or loads ``path``.
+
+        Raises:
+            CheckpointError: there are checkpoints to go on from, and none can be read.
+        """
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        self._files = from_main(self._listed_files())
+        damaged = []
+        for file in reversed(self._files):
+            try:
+                rest = self.load(os.path.join(self.save_dir, file))
+            except DamagedCheckpointError as error:
+                self.logger.warning("%s Trying the one before.", error)
+                damaged.append(file)
+                continue
+            self._files = [other for other in self._files if other not in damaged]
+            return rest
+        raise CheckpointError(
+            f"None of the checkpoints in {self.save_dir} can be read "
+            f"({', '.join(damaged) or 'last_checkpoint names no file that is there'}): train anew "
+            "without --resume."
+        )
+
+    def has_checkpoint(self) -> bool:
+        """Whether the main process finds one."""
+        return from_main(super().has_checkpoint())
+
+    def _listed_files(self) -> list[str]:
+        """The checkpoints of the run that are there, oldest first."""
+        files: list[str] = []
+        with suppress(OSError, ValueError), open(os.path.join(self.save_dir, _ALL)) as f:
+            files = [str(file) for file in json.load(f)]
+        newest = os.path.basename(self.get_checkpoint_file())
+        # It decides: somebody may have written another name into it.
+        if newest and newest != _NEWEST:
+            files = [*(file for file in files if file != newest), newest]
+        return [f for f in files if self.path_manager.isfile(os.path.join(self.save_dir, f))]
+
     def load(
-        self, path: str, checkpointables: list[str] | None = None, *, whole: bool = False
+        self,
+        path: str,
+        checkpointables: list[str] | None = None,
+        *,
+        whole: bool = False,
+        entry: str = "model",
     ) -> dict[str, Any]:
         """Loads a checkpoint.
 
@@ -51,6 +153,7 @@ class Checkpointer(DetectionCheckpointer):
             path: file or URL; empty for none.
             checkpointables: names to load besides the model; None for all (a resume).
             whole: every parameter of the model must be in the file; always so in a resume.
+            entry: of the file, that the model is filled from.
 
         Raises:
             CheckpointError: when the file cannot be had or read, lacks what it must hold, or
@@ -65,13 +168,15 @@ class Checkpointer(DetectionCheckpointer):
                     "there is a network and set MODEL.WEIGHTS to its path, or train from random "
                     "weights (MODEL.WEIGHTS '', with BatchNorm or GroupNorm and nothing frozen)."
                 ) from error
-            if not self.path_manager.isfile(path):
+            if not from_main(self.path_manager.isfile(path)):
                 raise CheckpointError(f"The checkpoint {path} does not exist; check MODEL.WEIGHTS.")
         self._resuming = checkpointables is None
         self._expected = list(self.checkpointables) if self._resuming else checkpointables
         self._whole = whole or self._resuming
+        self._entry = entry
         try:
-            return super().load(path, checkpointables)
+            with file_of_main(path) as file:
+                return super().load(file, checkpointables)
         except RuntimeError as error:
             # load_state_dict's first line has the class, each further one what does not fit.
             first, _, others = str(error).partition("\n")
@@ -88,7 +193,7 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint = super()._load_file(filename)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"The checkpoint {filename} cannot be read ({reason}): it is truncated or no "
                 "checkpoint; use another file of the same run."
             ) from error
@@ -99,20 +204,15 @@ class Checkpointer(DetectionCheckpointer):
                 "start a new training from its weights, use MODEL.WEIGHTS without --resume."
             )
         if missing:
-            if isinstance(self.model, ClassificationDistiller):
-                what = (
-                    "it is a classifier without the heads, branches or peers that are evaluated "
-                    "beside it. Use a file that its training has written, such as "
-                    "model_final.pth, or a config without them (MODEL.SSSD.CLASSIFIER.TERMS and "
-                    "PEERS)."
-                )
-            else:
-                what = (
-                    "it is a detector without the parts that trained it. Use a file that "
-                    "self-distillation has written, or set "
-                    "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH to False."
-                )
+            what = self.model.without_training_parts
             raise CheckpointError(f"The checkpoint {filename} lacks {', '.join(missing)}: {what}")
+        if self._entry != "model":
+            if self._entry not in checkpoint:
+                raise CheckpointError(
+                    f"The checkpoint {filename} has no averaged weights: they are there after a "
+                    "training with MODEL.SSSD.AVERAGING.DECAY above 0."
+                )
+            checkpoint["model"] = checkpoint.pop(self._entry)
         self._filename = filename
         return checkpoint
 
@@ -123,7 +223,7 @@ class Checkpointer(DetectionCheckpointer):
         # Shapes that differ are left out of what is loaded, so they count as missing as well.
         if self._whole:
             bad = bool(missing)
-        elif isinstance(self.model, ClassificationDistiller):
+        elif hasattr(self.model, "classifier_keys"):
             bad = not self.model.classifier_keys.issuperset(missing)
         else:
             bad = len(missing) == num_keys or any("backbone" in key for key, _, _ in shapes)
@@ -139,3 +239,24 @@ class Checkpointer(DetectionCheckpointer):
                 f"of another shape ({example}); use the config that it was trained with."
             )
         return incompatible
+
+
+def set_earlier_run_aside(folder: str) -> None:
+    """So that a resume of the run that begins in ``folder`` never goes on from an earlier one.
+
+    The earlier run's checkpoints stay where they are until a file of the same name replaces them.
+    """
+    with suppress(OSError):
+        os.remove(os.path.join(folder, _ALL))
+    newest = os.path.join(folder, _NEWEST)
+    if os.path.isfile(newest):
+        os.replace(newest, newest + "_of_earlier_run")
+        logger.warning(
+            "%s holds the checkpoints of an earlier run, and this one begins anew, without "
+            "--resume. To go on with the earlier one instead, rename "
+            "last_checkpoint_of_earlier_run to last_checkpoint before this one saves.",
+            folder,
+        )
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name.endswith(".pth" + PART):
+            os.remove(os.path.join(folder, name))

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from ..data.classification_loader import (
     build_classification_train_loader,
 )
 from ..data.classification_mapper import ClassificationMapper
+from ..data.train_loader import part_of_batch
 from ..evaluation import ClassificationEvaluator
 from .hooks import TermWeights
 from .optimizer import hold_frozen_parameters
+from .processes import file_of_main
 from .rehearsal import rehearse
 from .trainer import Trainer
 
@@ -42,7 +45,11 @@ class ClassificationTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         check_classification_data(cfg)
-        model = super(Trainer, cls).build_model(cfg)
+        with file_of_main(cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS) as weights:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = weights
+            model = super(Trainer, cls).build_model(cfg)
         frozen = rehearse(model, cfg.MODEL.SSSD.CLASSIFIER.SIZE)
         if frozen:
             logger.info(
@@ -65,12 +72,14 @@ class ClassificationTrainer(Trainer):
         loader = build_classification_train_loader(
             cfg.DATASETS.TRAIN,
             ClassificationMapper(True, keys.SIZE, keys.AUGMENTATION),
-            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            total_batch_size=part_of_batch(cfg),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             seed=cfg.SEED if cfg.SEED >= 0 else None,
             pairs=any(term_class(spec).needs_pairs for spec in keys.TERMS),
         )
-        return _Repeated(loader, 1 + len(keys.PEERS)) if keys.PEERS else loader
+        if not keys.PEERS:
+            return loader
+        return _Repeated(loader, 1 + len(keys.PEERS), cfg.MODEL.SSSD.SOLVER.BATCH_PARTS)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -100,8 +109,9 @@ class ClassificationTrainer(Trainer):
         self.checkpointer.model.take_over(_terms_of(self.cfg.MODEL.WEIGHTS))
 
     def build_hooks(self) -> list:
+        others = super().build_hooks()  # makes the checkpointer
         # First, so that every writer of the same iteration finds the values.
-        return [TermWeights(self.checkpointer.model), *super().build_hooks()]
+        return [TermWeights(self.checkpointer.model), *others]
 
     def run_step(self) -> None:
         model = self.checkpointer.model
@@ -114,15 +124,25 @@ class ClassificationTrainer(Trainer):
 
 
 class _Repeated:
-    """Every batch of a loader several times over: once for each network that learns from it."""
+    """Every batch of a loader several times over: once for each network that learns from it.
 
-    def __init__(self, loader: Iterable, times: int) -> None:
-        self.loader, self.times = loader, times
+    A batch comes in ``parts``, which follow each other each time.
+    """
+
+    def __init__(self, loader: Iterable, times: int, parts: int) -> None:
+        self.loader, self.times, self.parts = loader, times, parts
 
     def __iter__(self) -> Iterator:
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while batch := list(islice(batches, self.parts)):
             for _ in range(self.times):
-                yield batch
+                yield from batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
 
 
 def check_classification_data(cfg: CfgNode) -> None:
@@ -148,11 +168,13 @@ def check_classification_data(cfg: CfgNode) -> None:
 def _terms_of(path: str) -> dict[str, dict[str, Tensor]]:
     """State of each term that a checkpoint of an earlier stage holds."""
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    if path and os.path.isfile(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key, value in checkpoint.get("sssd", {}).items():
-            kind, _, rest = key.partition(".")
-            if kind == "terms":
-                _, term, parameter = rest.split(".", 2)
-                states[term][parameter] = value
+    with file_of_main(path) as file:
+        checkpoint = {}
+        if file and os.path.isfile(file):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    for key, value in checkpoint.get("sssd", {}).items():
+        kind, _, rest = key.partition(".")
+        if kind == "terms":
+            _, term, parameter = rest.split(".", 2)
+            states[term][parameter] = value
     return dict(states)

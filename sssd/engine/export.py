@@ -9,6 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .averaging import AVERAGED
 from .checkpoint import Checkpointer
 from .export_classifier import export_classifier
 from .setup import load_config
@@ -26,7 +27,7 @@ def stock_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def export_student(checkpoint: str, config_file: str, output: str) -> str:
+def export_student(checkpoint: str, config_file: str, output: str, averaged: bool = False) -> str:
     """Writes the weights of the student and a config that it is built from without sssd.
 
     Of a detector the folder then holds ``model.pth`` and ``config.yaml``, or, for a student that
@@ -38,6 +39,7 @@ def export_student(checkpoint: str, config_file: str, output: str) -> str:
         checkpoint: a file written by training, self-distilled or plain.
         config_file: the config of that training (its OUTPUT_DIR has it as config.yaml).
         output: folder, made if missing.
+        averaged: the averaged weights (MODEL.SSSD.AVERAGING) instead of the last ones.
 
     Returns:
         Path of the config that was written.
@@ -52,10 +54,11 @@ def export_student(checkpoint: str, config_file: str, output: str) -> str:
             f"The config {config_file} does not exist; name the config of the training with "
             "--config-file."
         )
+    entry = AVERAGED if averaged else "model"
     lazy = _is_lazy(config_file)
     cfg = LazyConfig.load(config_file) if lazy else load_config(config_file)
     if not lazy and cfg.MODEL.META_ARCHITECTURE == "ClassificationDistiller":
-        return export_classifier(checkpoint, cfg, output)
+        return export_classifier(checkpoint, cfg, output, entry)
     config = _student_config(cfg)
     weights = os.path.join(output, "model.pth")
     if isinstance(config, DictConfig):
@@ -67,7 +70,7 @@ def export_student(checkpoint: str, config_file: str, output: str) -> str:
         config.OUTPUT_DIR = output
 
     # Built and loaded whole, so that what is written is known to fit.
-    _save_weights(model, checkpoint, weights)
+    _save_weights(model, checkpoint, weights, entry)
     if isinstance(config, DictConfig):
         LazyConfig.save(OmegaConf.create({"model": config}, flags={"allow_objects": True}), path)
     else:
@@ -90,7 +93,7 @@ def _student_config(cfg: CfgNode | DictConfig) -> CfgNode | DictConfig:
     return builder.lazy_config(cfg) if hasattr(builder, "lazy_config") else stock
 
 
-def _save_weights(model: nn.Module, checkpoint: str, path: str) -> None:
-    Checkpointer(model).load(checkpoint, checkpointables=[], whole=True)
+def _save_weights(model: nn.Module, checkpoint: str, path: str, entry: str) -> None:
+    Checkpointer(model).load(checkpoint, checkpointables=[], whole=True, entry=entry)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     torch.save({"model": {k: v.cpu() for k, v in model.state_dict().items()}}, path)

@@ -19,7 +19,7 @@ _TORCHVISION = "torchvision/"
 _REGISTERS_CIFAR = "import sssd.classification.cifar"
 
 
-def export_classifier(checkpoint: str, cfg: CfgNode, output: str) -> str:
+def export_classifier(checkpoint: str, cfg: CfgNode, output: str, entry: str = "model") -> str:
     """Writes the student of a classification training, for use without sssd.
 
     The folder then holds ``model.pth``, a bare state dict, and ``config.json``, which says what
@@ -29,6 +29,7 @@ def export_classifier(checkpoint: str, cfg: CfgNode, output: str) -> str:
         checkpoint: a file written by training, or a bare state dict.
         cfg: the config of that training.
         output: folder, made if missing.
+        entry: of the checkpoint, with the weights.
 
     Returns:
         Path of config.json.
@@ -37,7 +38,7 @@ def export_classifier(checkpoint: str, cfg: CfgNode, output: str) -> str:
         ValueError: the checkpoint does not exist, is damaged or does not fit the config.
     """
     network = network_of(cfg)
-    load_network_weights(network, checkpoint, cfg.MODEL.SSSD.CLASSIFIER.NETWORK)
+    load_network_weights(network, checkpoint, cfg.MODEL.SSSD.CLASSIFIER.NETWORK, entry)
     os.makedirs(output, exist_ok=True)
     torch.save(network.state_dict(), os.path.join(output, "model.pth"))
     path = os.path.join(output, "config.json")

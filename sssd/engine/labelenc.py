@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from ..meta_arch import SelfDistiller
 from ..teacher.label_map_encoder import fpn_state
 from .checkpoint import CheckpointError
+from .processes import file_of_main, from_main
 
 __all__ = ["initialise_second_step", "labelenc_step"]
 
@@ -67,13 +68,14 @@ def initialise_second_step(model: SelfDistiller, path: str) -> None:
         CheckpointError: when the file is missing or damaged, is none of step 1, or belongs to
             another architecture.
     """
-    if not os.path.isfile(path):
+    if not from_main(os.path.isfile(path)):
         raise CheckpointError(
             f"The checkpoint of step 1, {path}, does not exist; run step 1 first, or name its file "
             "in MODEL.SSSD.TEACHER.WEIGHTS."
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with file_of_main(path) as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
             f"The checkpoint of step 1, {path}, cannot be read ({error}): it is truncated or no "

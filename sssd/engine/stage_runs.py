@@ -13,16 +13,16 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..evaluation.ensemble import NetworkEnsemble
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, set_earlier_run_aside
 from .classification import ClassificationTrainer, check_classification_data
+from .processes import file_of_main, from_main
 from .rehearsal import rehearse
 from .stages import RESULTS, Stage, plan_stages
+from .trainer import without_workers
 
 __all__ = ["rehearse_stages", "run_stages"]
 
 logger = logging.getLogger("sssd")
-
-_LAST = "last_checkpoint"  # the file in which Detectron2's checkpointer notes where to go on
 
 
 def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -47,9 +47,10 @@ def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         _forget(stages)
     results = {}
     for stage in stages:
-        if resume and os.path.isfile(stage.results) and os.path.isfile(stage.weights):
+        complete = os.path.isfile(stage.results) and os.path.isfile(stage.weights)
+        if resume and from_main(complete):
             logger.info("The stage %r is complete: left as it is.", stage.name)
-            with open(stage.results) as f:
+            with file_of_main(stage.results) as file, open(file) as f:
                 results[stage.name] = json.load(f)
             continue
         if len(stages) > 1:
@@ -80,7 +81,7 @@ def rehearse_stages(stages: list[Stage], resume: bool) -> None:
         if stage.teacher is not None:
             keys.TEACHER.WEIGHTS = ""
         try:
-            ClassificationTrainer.build_train_loader(_without_workers(cfg))
+            ClassificationTrainer.build_train_loader(without_workers(cfg))
             model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
             earlier = {}
             if stage.previous is not None:
@@ -99,20 +100,15 @@ def rehearse_stages(stages: list[Stage], resume: bool) -> None:
 
 
 def _forget(stages: list[Stage]) -> None:
-    """Removes what a resume would take for the work of this run, where an earlier one has been."""
+    """A resume must not take the work of an earlier run for this one's."""
     if comm.is_main_process():
         for stage in stages:
             folder = stage.cfg.OUTPUT_DIR
-            for path in (stage.results, *(os.path.join(folder, n) for n in (RESULTS, _LAST))):
+            set_earlier_run_aside(folder)
+            for path in (stage.results, os.path.join(folder, RESULTS)):
                 if os.path.isfile(path):
                     os.remove(path)
     comm.synchronize()
-
-
-def _without_workers(cfg: CfgNode) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.DATALOADER.NUM_WORKERS = 0
-    return cfg
 
 
 def _train(stage: Stage, resume: bool) -> dict[str, Any]:

@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
 
-from ..data import CheckedDatasetMapper
+from ..data import CheckedDatasetMapper, train_loader_from_config
 from ..evaluation import FastCOCOEvaluator, evaluate_teacher
 from ..evaluation.teacher import PREFIX as TEACHER
 from ..meta_arch import SelfDistiller
-from .checkpoint import Checkpointer, CheckpointError
-from .hooks import BestCheckpointer, DistillationMetrics
+from .averaging import AVERAGED, AveragedWeights, with_averaged
+from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
+from .processes import broadcast_buffers, distributed
 from .setup import check_datasets, describe_distillation
+from .training_hooks import save_last_good, training_hooks
+from .training_step import TrainingStep
 
 __all__ = ["Trainer"]
 
@@ -41,10 +44,32 @@ class Trainer(DefaultTrainer):
     best_metric = "bbox/AP"  # by which the best checkpoint is chosen
 
     def __init__(self, cfg: CfgNode) -> None:
-        super().__init__(cfg)
-        self._losses: dict[str, Tensor] = {}
-        self._trainer.model.register_forward_hook(self._keep_losses)
-        self._statistics = _RunningStatistics(self._trainer.model)
+        super(DefaultTrainer, self).__init__()  # what DefaultTrainer makes is made here
+        logger_of_detectron2 = logging.getLogger("detectron2")
+        if not logger_of_detectron2.isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        keys = cfg.MODEL.SSSD.SOLVER
+        self._trainer = TrainingStep(
+            distributed(model),
+            self.build_train_loader(cfg),
+            optimizer,
+            precision=keys.AMP_PRECISION if cfg.SOLVER.AMP.ENABLED else "float32",
+            num_batches=keys.BATCH_PARTS,
+            max_skipped=keys.MAX_SKIPPED,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        this = weakref.proxy(self)
+        self.averaged = None
+        if cfg.MODEL.SSSD.AVERAGING.DECAY:
+            self.averaged = AveragedWeights(model, cfg.MODEL.SSSD.AVERAGING.DECAY)
+            self.checkpointer.add_checkpointable(AVERAGED, self.averaged)
+        self._trainer.save_last_good = lambda: save_last_good(this, this.checkpointer)
+        self.cfg, self.start_iter, self.max_iter = cfg, 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -59,7 +84,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+        return train_loader_from_config(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
@@ -108,23 +133,50 @@ class Trainer(DefaultTrainer):
         # A teacher from random weights would be evaluated without a word.
         return ["sssd"] if _evaluates_teacher(cfg, model) else []
 
-    def build_hooks(self) -> list:
-        # DefaultTrainer makes its checkpointer just before its hooks, which keep a reference.
-        model = self._trainer.model
-        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        hooks = super().build_hooks()
-        if isinstance(self.checkpointer.model, SelfDistiller):
-            # First, so that every writer of the same iteration finds the values.
-            hooks.insert(0, DistillationMetrics(self.checkpointer.model))
-        if comm.is_main_process() and self.cfg.DATASETS.TEST:
-            metric = self.best_metric
-            if len(self.cfg.DATASETS.TEST) > 1:
-                metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric)
-            hooks.insert(-1, best)  # after the evaluation, before the writers
-        return hooks
+    def build_hooks(self) -> list[HookBase]:
+        cfg, model = self.cfg, self._trainer.model
+        loaders = {"train": self._trainer.data_loader}
+        precise_bn = None
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
+            loaders["precise_bn"] = self.build_train_loader(without_workers(cfg))
+            precise_bn = hooks.PreciseBN(
+                cfg.TEST.EVAL_PERIOD, model, loaders["precise_bn"], cfg.TEST.PRECISE_BN.NUM_ITER
+            )
+        best_metric = ""
+        if cfg.DATASETS.TEST:
+            several = len(cfg.DATASETS.TEST) > 1
+            best_metric = (f"{cfg.DATASETS.TEST[0]}/" if several else "") + self.best_metric
+        return training_hooks(
+            self.checkpointer.model,
+            self.checkpointer,
+            loaders=loaders,
+            scheduler=hooks.LRScheduler(),
+            precise_bn=precise_bn,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            evaluate=self._evaluate,
+            best_metric=best_metric,
+            make_writers=self.build_writers,
+            averaged=self.averaged,
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        # Running statistics are each process's own. What is evaluated is what is saved.
+        broadcast_buffers(self._trainer.model)
+        # What evaluators write to the disk is of the weights, which come last.
+        averaged = None
+        if self.averaged is not None:
+            with self.averaged.in_place():
+                averaged = self.test(self.cfg, self._trainer.model)
+        results = self.test(self.cfg, self._trainer.model)
+        if averaged is not None:
+            results = with_averaged(results, averaged, len(self.cfg.DATASETS.TEST) > 1)
+        self._last_eval_results = results
+        return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
+        if not resume and comm.is_main_process():
+            set_earlier_run_aside(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume)
         first_step = self.cfg.MODEL.SSSD.TEACHER.WEIGHTS
         if first_step and not (resume and self.checkpointer.has_checkpoint()):
@@ -135,14 +187,6 @@ class Trainer(DefaultTrainer):
         if isinstance(self.checkpointer.model, SelfDistiller):
             logger.info(describe_distillation(self.checkpointer.model))
         return super().train()
-
-    def run_step(self) -> None:
-        self._statistics.keep()
-        self._losses = {}
-        try:
-            super().run_step()
-        except FloatingPointError as error:
-            self._stop(error)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -158,47 +202,14 @@ class Trainer(DefaultTrainer):
         if "load_state_dict" not in vars(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
 
-    def _keep_losses(self, model: nn.Module, inputs: tuple, output: Any) -> None:
-        if model.training and isinstance(output, dict):
-            self._losses = {name: loss.detach() for name, loss in output.items()}
 
-    def _stop(self, error: FloatingPointError) -> None:
-        """Saves the state before this iteration and names the losses that are not finite."""
-        # Detectron2 looks at the losses before the optimizer steps: weights and optimizer are as
-        # the last iteration left them, only running statistics have seen the bad batch.
-        bad_iter = self.iter
-        names = [name for name, loss in self._losses.items() if not loss.isfinite().all()]
-        # Without losses it was the RPN that gave up, on proposals that are not finite.
-        what = ", ".join(names) or str(error).splitlines()[0]
-        self._statistics.put_back()
-        self.iter = self._trainer.iter = bad_iter - 1
-        self.checkpointer.save("model_last_good", iteration=self.iter)
-        raise FloatingPointError(
-            f"The loss is not finite at iteration {bad_iter} ({what}); the state before it is "
-            "saved as "
-            f"{os.path.join(self.cfg.OUTPUT_DIR, 'model_last_good.pth')}: lower SOLVER.BASE_LR, "
-            "lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS, then --resume."
-        ) from error
+def without_workers(cfg: CfgNode) -> CfgNode:
+    """The config with loaders that run in the process itself."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return cfg
 
 
 def _evaluates_teacher(cfg: CfgNode, model: nn.Module) -> bool:
     return isinstance(model, SelfDistiller) and cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH
-
-
-class _RunningStatistics:
-    """The running statistics of normalisation layers as they were before the iteration."""
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-        self._buffers = [b for m in layers for b in m.buffers(recurse=False)]
-        self._kept = [torch.empty_like(b) for b in self._buffers]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)

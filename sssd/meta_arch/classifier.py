@@ -37,6 +37,12 @@ class ClassificationDistiller(StudentWrapper):
     Its state dict is the student's; peers and what the terms train are in ``training_parts``.
     """
 
+    without_training_parts = (
+        "it is a classifier without the heads, branches or peers that are evaluated beside it. "
+        "Use a file that its training has written, such as model_final.pth, or a config without "
+        "them (MODEL.SSSD.CLASSIFIER.TERMS and PEERS)."
+    )
+
     @configurable
     def __init__(
         self,

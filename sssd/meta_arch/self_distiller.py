@@ -48,6 +48,11 @@ class SelfDistiller(StudentWrapper):
     hold a stock detector; what else training needs is in ``training_parts``.
     """
 
+    without_training_parts = (
+        "it is a detector without the parts that trained it. Use a file that self-distillation "
+        "has written, or set MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH to False."
+    )
+
     @configurable
     def __init__(
         self,

@@ -19,6 +19,7 @@ class StudentWrapper(nn.Module):
 
     student: nn.Module
     training_parts: nn.Module
+    without_training_parts: str  # what to say of a file that lacks them where they are evaluated
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog
-from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 
 pytest.importorskip("timm", reason="timm is not installed")
@@ -20,6 +19,7 @@ from sssd.engine import (
     Checkpointer,
     CheckpointError,
     ClassificationTrainer,
+    TrainingStep,
     plan_stages,
     run_stages,
 )
@@ -136,7 +136,7 @@ def test_networks_that_do_not_learn_in_a_step_stay_bit_identical(tmp_path, monke
         }
         return {**state_of(network), **momentum}
 
-    run_step = SimpleTrainer.run_step
+    run_step = TrainingStep.run_step
 
     def watched(self):
         before = [snapshot(network) for network in model.networks]
@@ -150,7 +150,7 @@ def test_networks_that_do_not_learn_in_a_step_stay_bit_identical(tmp_path, monke
             else:
                 assert_same(before[i], after[i])
 
-    monkeypatch.setattr(SimpleTrainer, "run_step", watched)
+    monkeypatch.setattr(TrainingStep, "run_step", watched)
     trainer.train()
     assert steps == list(range(1 + peers)) * 3
     assert all(group["params"] for group in optimizer.param_groups)
@@ -174,7 +174,7 @@ def test_a_failed_step_leaves_the_student_as_the_one_that_learns(tmp_path, monke
         if model.learner == 1:
             raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(SimpleTrainer, "run_step", fail)
+    monkeypatch.setattr(TrainingStep, "run_step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     assert model.learner == 0
@@ -185,7 +185,7 @@ def test_a_failure_in_the_last_iteration_saves_no_best_checkpoint_of_it(
     tmp_path, monkeypatch, period
 ):
     cfg = tiny_config("ce", tmp_path, "DATASETS.TEST", (TINY,), "TEST.EVAL_PERIOD", period)
-    run_step = SimpleTrainer.run_step
+    run_step = TrainingStep.run_step
 
     def fail(self):
         run_step(self)
@@ -193,7 +193,7 @@ def test_a_failure_in_the_last_iteration_saves_no_best_checkpoint_of_it(
             raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SimpleTrainer, "run_step", fail)
+        patch.setattr(TrainingStep, "run_step", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             run_stages(cfg)
     best = tmp_path / "model_best.pth"

@@ -8,8 +8,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from detectron2.engine import defaults
-from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("timm", reason="timm is not installed")
@@ -39,9 +37,6 @@ def train_one_rank(rank, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    comm.get_local_rank = lambda: rank
-    # Detectron2's names a GPU, which there is none of.
-    defaults.create_ddp_model = lambda model, **kwargs: DistributedDataParallel(model, **kwargs)
     label_of = {r["image"].tobytes(): r["label"] for r in tiny_records()}
     seen, weights = [], {}
     train = ClassificationTrainer.train

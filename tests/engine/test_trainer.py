@@ -154,14 +154,45 @@ def test_a_resume_that_lacks_training_state_is_an_error(config, lost):
         trainer.resume_or_load(resume=True)
 
 
-def test_a_truncated_checkpoint_is_named(config):
+def truncate(cfg, *names):
+    for name in names:
+        path = os.path.join(cfg.OUTPUT_DIR, name)
+        with open(path, "r+b") as f:
+            f.truncate(os.path.getsize(path) // 2)
+
+
+def test_a_resume_goes_on_from_the_newest_checkpoint_that_is_whole(config, caplog):
+    cfg = config("SOLVER.MAX_ITER", 6)
+    run(cfg)
+    truncate(cfg, "model_final.pth", "model_best.pth", "model_0000005.pth")
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    assert "model_0000005.pth cannot be read" in caplog.text and "the one before" in caplog.text
+    truncate(cfg, "model_0000001.pth", "model_0000003.pth")
+    with pytest.raises(CheckpointError, match=r"^None of the checkpoints in .* can be read"):
+        Trainer(cfg).resume_or_load(resume=True)
+
+
+def test_a_truncated_checkpoint_to_start_from_is_named(config):
     cfg = config()
     run(cfg)
-    path = os.path.join(cfg.OUTPUT_DIR, last_checkpoint(cfg))
-    with open(path, "r+b") as f:
-        f.truncate(os.path.getsize(path) // 2)
-    with pytest.raises(CheckpointError, match=r"model_\w+\.pth cannot be read .*truncated"):
-        Trainer(cfg).resume_or_load(resume=True)
+    truncate(cfg, "model_final.pth")
+    path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    with pytest.raises(CheckpointError, match=r"model_final\.pth cannot be read .*truncated"):
+        Trainer(config("MODEL.WEIGHTS", path)).resume_or_load(resume=False)
+
+
+def test_a_run_that_begins_anew_leaves_nothing_to_resume_of_the_one_before(config, caplog):
+    cfg = config()
+    run(cfg)
+    lines = len(metrics(cfg))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert "checkpoints of an earlier run" in caplog.text
+    assert not trainer.checkpointer.has_checkpoint()
+    trainer.train()
+    assert len(metrics(cfg)) == lines  # in a file of its own
 
 
 def test_weights_of_another_architecture_are_refused(config):
@@ -229,7 +260,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_after_saving_the_last_goo
 
     model.student.register_forward_pre_hook(remember)
     model.student.register_forward_hook(poison)
-    sentence = r"iteration 3 \(loss_cls, teacher_loss_cls\).*model_last_good"
+    sentence = (
+        r"not finite in iteration 3: loss_cls, teacher_loss_cls, grad_norm \(images \d, \d\)\. "
+        r"The state before is saved as .*model_last_good\.pth"
+    )
     with pytest.raises(FloatingPointError, match=sentence):
         trainer.train()
     saved = load(cfg, "model_last_good.pth")

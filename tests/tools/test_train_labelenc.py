@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 
+from sssd.engine import argument_parser
 from tests.coco_files import write_coco
 from tests.conftest import REPOSITORY
 from tests.tools.test_train_net import RUN, SMALL, call, error_of
@@ -54,17 +54,20 @@ def test_one_command_runs_both_steps_and_stops_at_a_failure(tmp_path, monkeypatc
     recipe = str(REPOSITORY / "configs/LabelEnc/retinanet_R_50_FPN_1x.yaml")
     statuses, commands = [], []
 
-    def run(command):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, statuses.pop(0))
+    class Step:
+        def __init__(self, command):
+            commands.append(command)
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def wait(self):
+            return statuses.pop(0)
+
+    monkeypatch.setattr(subprocess, "Popen", Step)
 
     def both(*args):
         commands.clear()
         args = ["--config-file", recipe, *args, "OUTPUT_DIR", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", [script, *args])
-        status = run_both(default_argument_parser().parse_args(args))
+        status = run_both(argument_parser().parse_args(args))
         return status, [command[3] for command in commands if command[1:3] == [script, "--step"]]
 
     statuses[:] = [0, 0]

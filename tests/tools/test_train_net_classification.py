@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from detectron2.engine import default_argument_parser
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from sssd.engine import CheckpointError, ClassificationTrainer
+from sssd.engine import CheckpointError, ClassificationTrainer, argument_parser
 from tests.classifiers import CONFIGS, KEYS, TINY
 from tests.conftest import REPOSITORY
 
@@ -27,7 +26,7 @@ def train_net(monkeypatch):
 
     def call(recipe, output, *args):
         path = CONFIGS / f"{recipe}_cifar_resnet8_digits.yaml"
-        args = default_argument_parser().parse_args(
+        args = argument_parser().parse_args(
             [
                 "--config-file", str(path), *args[: 1 if args and args[0].startswith("--") else 0],
                 "DATASETS.TRAIN", f"('{TINY}',)", "DATASETS.TEST", f"('{TINY}',)",

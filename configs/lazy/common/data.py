@@ -4,17 +4,16 @@ import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import (
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from omegaconf import OmegaConf
 
-from sssd.data import CheckedDatasetMapper
+from sssd.data import CheckedDatasetMapper, build_resumable_train_loader
 from sssd.evaluation import FastCOCOEvaluator
 
 dataloader = OmegaConf.create()
 
-dataloader.train = L(build_detection_train_loader)(
+dataloader.train = L(build_resumable_train_loader)(
     dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
     mapper=L(CheckedDatasetMapper)(
         is_train=True,
