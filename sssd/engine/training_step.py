@@ -122,7 +122,10 @@ class TrainingStep(SimpleTrainer):
         model = self.model
         more = position < self.num_batches - 1
         waits = more and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if waits else nullcontext():
+        # A scripted function (the focal loss) rounds otherwise from its third call in a process on,
+        # when it has been optimised. On a CPU there is nothing to gain from that.
+        scripted = torch.jit.optimized_execution(self.device.type != "cpu")
+        with model.no_sync() if waits else nullcontext(), scripted:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 losses = model(batch)
             if isinstance(losses, Tensor):
