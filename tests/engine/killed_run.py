@@ -80,7 +80,7 @@ class Moments:
 
             def write_part(file):
                 content(file)
-                if self.what == f"{kind}, half":
+                if (self.what, self.iteration) == (f"{kind}, half", trainer.iter):
                     file.truncate(file.tell() // 2)
                     file.flush()
                 self.has_come(f"{kind}, half", trainer.iter)
