@@ -112,6 +112,8 @@ class TrainingStep(SimpleTrainer):
             self._log(values, seconds)
         elif self.scaler.is_enabled() and list(bad) == [_NORM] and scale > _SMALLEST_SCALE:
             self._forward_state.put_back()
+            del values[_NORM]
+            self._log(values, seconds)
             logger.info("float16 overflows in iteration %d at the loss scale %g.", self.iter, scale)
         else:
             self._not_finite(batches, bad)
@@ -167,7 +169,8 @@ class TrainingStep(SimpleTrainer):
         storage.put_scalar("total_loss", sum(losses.values()))
         if len(losses) > 1:
             storage.put_scalars(**losses)
-        storage.put_scalar(_NORM, values[_NORM])
+        if _NORM in values:
+            storage.put_scalar(_NORM, values[_NORM])
         if self.scaler.is_enabled():
             storage.put_scalar("loss_scale", self.scaler.get_scale(), smoothing_hint=False)
         if self.device.type == "cuda":

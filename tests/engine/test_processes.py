@@ -9,13 +9,13 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.engine.test_exact_resume import assert_equal, outcome
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def train(folder, *, torchrun=False, **options):
     arguments = json.dumps({"kind": "faster_rcnn", "folder": str(folder), **options})
     if torchrun:
-        command = [*TORCHRUN, "--master_port", "0", "-m", "tests.engine.killed_run", arguments]
+        command = [*TORCHRUN, "-m", "tests.engine.killed_run", arguments]
     else:
         arguments = json.dumps({**json.loads(arguments), "processes": 2})
         command = [sys.executable, "-m", "tests.engine.killed_run", arguments]
