@@ -182,7 +182,7 @@ def draw_embeddings(embeddings: Mapping[str, Embeddings], seed: int = 0) -> Figu
     if len(classes) <= _NAMED:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(
-            handles, names, loc="outside lower center", ncols=min(len(classes), 10), markerscale=2
+            handles, names, loc="outside lower center", ncols=min(len(classes), 5), markerscale=2
         )
     return figure
 
