@@ -187,6 +187,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"What was trained beside the model in {path} is not what this config trains "
                 f"({reason}); use the config that it was trained with."
             ) from error
+        finally:
+            # Detectron2 main takes a load that failed for one that goes on.
+            self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
