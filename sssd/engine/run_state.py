@@ -64,6 +64,7 @@ class RunState(HookBase):
             if _AVERAGE in vars(module)
         }
         self._state = {
+            "max_iter": self.trainer.max_iter,
             "processes": [{"random": random_state(device), "averages": averages}],
             "loaders": {name: loader.state_dict() for name, loader in self._loaders.items()},
             "events": _events(self.trainer.storage),
@@ -104,8 +105,10 @@ class RunState(HookBase):
         _set_events(self.trainer.storage, self.loaded["events"])
         for writer, state in zip(_writers(self.trainer), self.loaded["writers"], strict=False):
             writer._last_write = state["last_write"]
-            if isinstance(writer, JSONWriter):
-                # What was written after the checkpoint is about to be written again.
+            # What was written after the checkpoint is about to be written again. A run that is made
+            # longer keeps the end of the shorter one, with its last evaluation.
+            again = self.loaded["max_iter"] == self.trainer.max_iter
+            if again and isinstance(writer, JSONWriter):
                 _cut(writer, state["size"])
 
     def begin(self) -> None:
