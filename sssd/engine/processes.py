@@ -63,7 +63,7 @@ def launch(
         main(*args)
         return
     world_size = num_processes * num_machines
-    if world_size == 1:
+    if world_size <= 1:
         main(*args)
         return
     if dist_url == "auto":

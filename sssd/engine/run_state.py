@@ -104,11 +104,13 @@ class RunState(HookBase):
             )
         _set_events(self.trainer.storage, self.loaded["events"])
         for writer, state in zip(_writers(self.trainer), self.loaded["writers"], strict=False):
+            if self.loaded["max_iter"] != self.trainer.max_iter:
+                # A run that is made longer keeps the end of the shorter one and its evaluation.
+                writer._last_write = self.trainer.start_iter - 1
+                continue
             writer._last_write = state["last_write"]
-            # What was written after the checkpoint is about to be written again. A run that is made
-            # longer keeps the end of the shorter one, with its last evaluation.
-            again = self.loaded["max_iter"] == self.trainer.max_iter
-            if again and isinstance(writer, JSONWriter):
+            if isinstance(writer, JSONWriter):
+                # What was written after the checkpoint is about to be written again.
                 _cut(writer, state["size"])
 
     def begin(self) -> None:
