@@ -38,26 +38,20 @@ from sssd.engine import (
     argument_parser,
     describe_distillation,
     distributed,
+    evaluate_with_average,
     hold_frozen_parameters,
     initialise_second_step,
     launch_script,
     save_last_good,
     set_earlier_run_aside,
     training_hooks,
-    with_averaged,
 )
 
 
-def do_test(
-    cfg: DictConfig, model: nn.Module, averaged: AveragedWeights | None = None
-) -> dict[str, Any] | None:
-    """Evaluates, where the config names an evaluator; averaged weights as well."""
+def do_test(cfg: DictConfig, model: nn.Module) -> dict[str, Any] | None:
+    """Evaluates, where the config names an evaluator."""
     if "evaluator" not in cfg.dataloader:
         return None
-    if averaged is not None:
-        with averaged.in_place():
-            of_average = do_test(cfg, model)
-        return with_averaged(do_test(cfg, model), of_average, several=False)
     results = inference_on_dataset(
         model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
     )
@@ -97,7 +91,7 @@ def do_train(args: argparse.Namespace, cfg: DictConfig) -> None:
             checkpoint_period=cfg.train.checkpointer.period,
             max_to_keep=cfg.train.checkpointer.get("max_to_keep"),
             eval_period=cfg.train.eval_period,
-            evaluate=lambda: do_test(cfg, model, averaged),
+            evaluate=lambda: evaluate_with_average(model, lambda: do_test(cfg, model), averaged),
             averaged=averaged,
             make_writers=lambda: default_writers(cfg.train.output_dir, cfg.train.max_iter),
             writer_period=cfg.train.log_period,

@@ -3,7 +3,7 @@
 from .. import _detectron2  # noqa: F401
 
 # isort: split
-from .averaging import AveragedWeights, with_averaged
+from .averaging import AveragedWeights, evaluate_with_average
 from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .classification import ClassificationTrainer
 from .export import export_student
@@ -33,6 +33,7 @@ __all__ = [
     "build_optimizer",
     "describe_distillation",
     "distributed",
+    "evaluate_with_average",
     "export_student",
     "hold_frozen_parameters",
     "initialise_second_step",
@@ -49,5 +50,4 @@ __all__ = [
     "signals_passed_on",
     "training_hooks",
     "user_errors",
-    "with_averaged",
 ]

@@ -1,6 +1,6 @@
 """Exponential moving average of the student's weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,15 @@ import torch
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-__all__ = ["AVERAGED", "AveragedWeights", "UpdateAverage", "with_averaged"]
+from .processes import broadcast_buffers
+
+__all__ = [
+    "AVERAGED",
+    "AveragedWeights",
+    "UpdateAverage",
+    "evaluate_with_average",
+    "with_averaged",
+]
 
 AVERAGED = "averaged"  # entry of checkpoints, and prefix of results
 
@@ -84,6 +92,34 @@ class UpdateAverage(HookBase):
 
     def after_step(self) -> None:
         self._averaged.update(self.trainer.iter)
+
+
+def evaluate_with_average(
+    model: nn.Module,
+    evaluate: Callable[[], dict[str, Any] | None],
+    averaged: AveragedWeights | None,
+    several: bool = False,
+) -> dict[str, Any] | None:
+    """Evaluates what is saved: the weights, and where there are averaged ones, those as well.
+
+    Args:
+        model: as it is trained. Running statistics are each process's own; those of the main one,
+            which checkpoints hold, are evaluated by all.
+        evaluate: gives task -> figures, or with several datasets name -> task -> figures.
+        averaged: of the model.
+        several: datasets.
+
+    Returns:
+        What ``evaluate`` gives, and what it gives of the average under "averaged/<task>".
+    """
+    broadcast_buffers(model)
+    if averaged is None:
+        return evaluate()
+    # What evaluators write to the disk is of the weights, which come last.
+    with averaged.in_place():
+        of_average = evaluate()
+    results = evaluate()
+    return with_averaged(results, of_average, several) if results else results
 
 
 def with_averaged(results: dict[str, Any], averaged: dict[str, Any], several: bool) -> dict:

@@ -107,6 +107,7 @@ class TrainingInTurns:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         seed_all_rng(max(cfg.SEED, 0))
         self.trainer = (_ClassificationSteps if classifies else _DetectionSteps)(cfg)
+        self.trainer._trainer.save_last_good = None
         self.model = self.trainer.checkpointer.model
         if isinstance(self.model, ClassificationDistiller):
             self.model.teacher_is_trained = True
@@ -197,7 +198,6 @@ class _StepsOnly:
         return _LoadedAhead(super().build_train_loader(cfg))
 
     def run_step(self) -> None:
-        self._trainer.save_last_good = None
         try:
             super().run_step()
         except FloatingPointError as error:

@@ -109,9 +109,8 @@ class ClassificationTrainer(Trainer):
         self.checkpointer.model.take_over(_terms_of(self.cfg.MODEL.WEIGHTS))
 
     def build_hooks(self) -> list:
-        others = super().build_hooks()  # makes the checkpointer
         # First, so that every writer of the same iteration finds the values.
-        return [TermWeights(self.checkpointer.model), *others]
+        return [TermWeights(self.checkpointer.model), *super().build_hooks()]
 
     def run_step(self) -> None:
         model = self.checkpointer.model

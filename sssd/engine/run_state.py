@@ -127,7 +127,7 @@ def _events(storage: EventStorage) -> dict[str, Any]:
         "latest": {k: v for k, v in storage.latest().items() if k not in _CLOCK},
         "hints": {k: v for k, v in storage.smoothing_hints().items() if k not in _CLOCK},
         "histories": {
-            name: {"values": list(history._data[-_HISTORY:]), "count": history._count,
+            name: {"values": history._data[-_HISTORY:], "count": history._count,
                    "average": history._global_avg}
             for name, history in storage.histories().items()
             if name not in _CLOCK

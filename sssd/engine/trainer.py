@@ -18,11 +18,11 @@ from ..data import CheckedDatasetMapper, train_loader_from_config
 from ..evaluation import FastCOCOEvaluator, evaluate_teacher
 from ..evaluation.teacher import PREFIX as TEACHER
 from ..meta_arch import SelfDistiller
-from .averaging import AVERAGED, AveragedWeights, with_averaged
+from .averaging import AVERAGED, AveragedWeights, evaluate_with_average
 from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
-from .processes import broadcast_buffers, distributed
+from .processes import distributed
 from .setup import check_datasets, describe_distillation
 from .training_hooks import save_last_good, training_hooks
 from .training_step import TrainingStep
@@ -61,8 +61,8 @@ class Trainer(DefaultTrainer):
             max_skipped=keys.MAX_SKIPPED,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         this = weakref.proxy(self)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=this)
         self.averaged = None
         if cfg.MODEL.SSSD.AVERAGING.DECAY:
             self.averaged = AveragedWeights(model, cfg.MODEL.SSSD.AVERAGING.DECAY)
@@ -161,17 +161,12 @@ class Trainer(DefaultTrainer):
         )
 
     def _evaluate(self) -> dict[str, Any]:
-        # Running statistics are each process's own. What is evaluated is what is saved.
-        broadcast_buffers(self._trainer.model)
-        # What evaluators write to the disk is of the weights, which come last.
-        averaged = None
-        if self.averaged is not None:
-            with self.averaged.in_place():
-                averaged = self.test(self.cfg, self._trainer.model)
-        results = self.test(self.cfg, self._trainer.model)
-        if averaged is not None:
-            results = with_averaged(results, averaged, len(self.cfg.DATASETS.TEST) > 1)
-        self._last_eval_results = results
+        self._last_eval_results = evaluate_with_average(
+            self._trainer.model,
+            lambda: self.test(self.cfg, self._trainer.model),
+            self.averaged,
+            several=len(self.cfg.DATASETS.TEST) > 1,
+        )
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
