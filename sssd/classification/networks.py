@@ -4,9 +4,10 @@ import difflib
 from types import ModuleType
 from typing import Any
 
-import torch
 import torchvision
 from torch import nn
+
+from ..weights_file import WeightsFileError, read_weights_file
 
 __all__ = ["build_network", "classifier_of", "load_network_weights"]
 
@@ -119,17 +120,15 @@ def load_network_weights(network: nn.Module, path: str, name: str, entry: str = 
         ValueError: the file is missing or damaged, or of another architecture or class count.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_weights_file(path)
     except FileNotFoundError as error:
         raise ValueError(
             f"The weights {path} of the network {name!r} do not exist: correct the path, or train "
             "them first."
         ) from error
-    except Exception as error:  # unpickling raises all kinds
-        reason = str(error).strip().partition("\n")[0]
+    except WeightsFileError as error:
         raise ValueError(
-            f"The weights {path} of the network {name!r} cannot be read ({reason}): the file is "
-            "truncated or no checkpoint; use another one."
+            f"The weights {path} of the network {name!r} cannot be read: {error}; use another file."
         ) from error
     if isinstance(state, dict):
         if entry != "model" and entry not in state:

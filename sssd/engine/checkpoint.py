@@ -20,8 +20,17 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from torch import nn
 
+from ..weights_file import (
+    FOREIGN,
+    CodeInWeightsError,
+    WeightsFileError,
+    check_weights,
+    read_checkpoint_file,
+    read_foreign_weights,
+)
 from .files import PART, write_whole
 from .processes import file_of_main, from_main
 
@@ -40,7 +49,14 @@ class DamagedCheckpointError(CheckpointError):
     """The content of the file is no checkpoint, or not all of one."""
 
 
-class Checkpointer(DetectionCheckpointer):
+class _DataOnly(FvcoreCheckpointer):
+    """Behind Detectron2's checkpointer, which asks here for the content of a torch file."""
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        return read_checkpoint_file(f)
+
+
+class Checkpointer(DetectionCheckpointer, _DataOnly):
     """Detectron2's checkpointer, which also keeps the training parts and refuses half a match.
 
     A file is there whole or not at all, and ``last_checkpoint`` names none but whole ones.
@@ -193,12 +209,15 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            checkpoint = super()._load_file(filename)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
+            foreign = filename.endswith(FOREIGN)
+            checkpoint = read_foreign_weights(filename) if foreign else super()._load_file(filename)
+            check_weights(checkpoint["model"])
+        except CodeInWeightsError as error:
+            raise CheckpointError(f"The checkpoint {filename} is refused: {error}.") from error
+        except (WeightsFileError, OSError) as error:
             raise DamagedCheckpointError(
-                f"The checkpoint {filename} cannot be read ({reason}): it is truncated or no "
-                "checkpoint; use another file of the same run."
+                f"The checkpoint {filename} cannot be read: {error}; use another file of the same "
+                "run."
             ) from error
         missing = [name for name in self._expected if name not in checkpoint]
         if missing and self._resuming:

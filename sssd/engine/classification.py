@@ -21,6 +21,7 @@ from ..data.classification_loader import (
 from ..data.classification_mapper import ClassificationMapper
 from ..data.train_loader import part_of_batch
 from ..evaluation import ClassificationEvaluator
+from ..weights_file import read_checkpoint_file
 from .hooks import TermWeights
 from .optimizer import hold_frozen_parameters
 from .processes import file_of_main
@@ -170,7 +171,7 @@ def _terms_of(path: str) -> dict[str, dict[str, Tensor]]:
     with file_of_main(path) as file:
         checkpoint = {}
         if file and os.path.isfile(file):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint_file(file)
     for key, value in checkpoint.get("sssd", {}).items():
         kind, _, rest = key.partition(".")
         if kind == "terms":

@@ -7,11 +7,11 @@ the frozen encoder's pyramid as auxiliary supervision, until that is cut off.
 
 import os
 
-import torch
 from detectron2.config import CfgNode
 
 from ..meta_arch import SelfDistiller
 from ..teacher.label_map_encoder import fpn_state
+from ..weights_file import WeightsFileError, check_weights, read_checkpoint_file
 from .checkpoint import CheckpointError
 from .processes import file_of_main, from_main
 
@@ -75,16 +75,17 @@ def initialise_second_step(model: SelfDistiller, path: str) -> None:
         )
     try:
         with file_of_main(path) as file:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
+            checkpoint = read_checkpoint_file(file)
+        check_weights(checkpoint.get("model"))
+        check_weights(checkpoint.get("sssd"))
+    except WeightsFileError as error:
         raise CheckpointError(
-            f"The checkpoint of step 1, {path}, cannot be read ({error}): it is truncated or no "
-            "checkpoint; run step 1 again."
+            f"The checkpoint of step 1, {path}, cannot be read: {error}; run step 1 again."
         ) from error
     prefix = "teacher."
     teacher = {
         name.removeprefix(prefix): value
-        for name, value in checkpoint.get("sssd", {}).items()
+        for name, value in checkpoint["sssd"].items()
         if name.startswith(prefix)
     }
     heads = {k: v for k, v in checkpoint["model"].items() if not k.startswith("backbone.")}

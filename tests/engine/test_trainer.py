@@ -179,7 +179,7 @@ def test_a_truncated_checkpoint_to_start_from_is_named(config):
     run(cfg)
     truncate(cfg, "model_final.pth")
     path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    with pytest.raises(CheckpointError, match=r"model_final\.pth cannot be read .*truncated"):
+    with pytest.raises(CheckpointError, match=r"model_final\.pth cannot be read: it is truncated"):
         Trainer(config("MODEL.WEIGHTS", path)).resume_or_load(resume=False)
 
 
