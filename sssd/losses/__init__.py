@@ -18,6 +18,7 @@ from .features import (
     hint_loss,
     self_feature_loss,
 )
+from .fused import normalised_js_divergence
 from .gradients import (
     gradient_attention_loss,
     gradient_symmetry_loss,
@@ -88,6 +89,7 @@ __all__ = [
     "mmd_loss",
     "mse",
     "mutual_learning_loss",
+    "normalised_js_divergence",
     "one_loss",
     "own_teacher_loss",
     "permute_dark_knowledge",

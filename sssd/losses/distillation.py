@@ -1,11 +1,22 @@
 """The distillation term of the detectors: adapter, normalisation, distance."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from .divergence import stable_root
 from .normalisation import NORMS
-from .pyramid import Pyramid, check_choice, check_options, check_pyramids, pyramid_distance
+from .pyramid import (
+    DISTANCES,
+    Pyramid,
+    check_choice,
+    check_options,
+    check_pyramids,
+    combine_levels,
+    count_elements,
+    pyramid_distance,
+)
 
 __all__ = ["PyramidAdapter", "PyramidDistillation"]
 
@@ -94,15 +105,47 @@ class PyramidDistillation(nn.Module):
         if not self.mask_padding:
             masks = None
 
+        adapted = {level: self.adapter(x) for level, x in student.items()}
+        target = {level: teacher[level].detach() for level in student}
+        chosen = DISTANCES[self.options["distance"]]
+        # On a GPU, each call of torch on a piece would cost more than it computes.
+        on_cpu = all(x.device.type == "cpu" for x in adapted.values())
+        if (
+            on_cpu
+            and chosen.of_unnormalised is not None
+            and self.options["axis"] == "channel"
+            and self.options["reduction"] == "element_mean"
+        ):
+            return self._at_once(adapted, target, masks)
+
         def normalise(maps: Pyramid) -> dict[str, Tensor]:
             return {
                 level: NORMS[self.norm](x, None if masks is None else masks[level])
                 for level, x in maps.items()
             }
 
-        adapted = normalise({level: self.adapter(x) for level, x in student.items()})
-        target = normalise({level: teacher[level].detach() for level in student})
-        return pyramid_distance(adapted, target, masks=masks, **self.options)
+        return pyramid_distance(normalise(adapted), normalise(target), masks=masks, **self.options)
+
+    def _at_once(
+        self, adapted: Pyramid, target: Pyramid, masks: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """The same, with normalisation and divergence in one."""
+        chosen, levels = DISTANCES[self.options["distance"]], {}
+        for level, x in adapted.items():
+            mask = None if masks is None else masks[level]
+            nats = chosen.of_unnormalised(
+                x,
+                target[level],
+                mask,
+                across_channels=self.norm == "layer",
+                temperature=self.options["temperature"],
+            )
+            num_elements = count_elements(x, mask)
+            value = nats / math.log(self.options["log_base"]) / num_elements
+            levels[level] = stable_root(value) if chosen.root else value, num_elements
+        return combine_levels(
+            levels, self.options["level_reduction"], self.options["level_weights"]
+        )
 
     def extra_repr(self) -> str:
         options = {**self.options, "mask_padding": self.mask_padding, "norm": self.norm}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .divergence import check_scales, js_divergence, kl_divergence, mse, stable_root
+from .fused import normalised_js_divergence
 
 __all__ = [
     "AXES",
@@ -35,11 +36,14 @@ class Distance(NamedTuple):
     ``dim``."""
     root: bool
     """Whether the distance is the root of the divergence."""
+    of_unnormalised: Callable[..., Tensor] | None = None
+    """Sum of the divergences over all positions of two maps that it normalises itself, as
+    :func:`sssd.losses.normalised_js_divergence`; None where there is no quicker way."""
 
 
 # Name -> distance. One of your own becomes available to configs by adding it here.
 DISTANCES: dict[str, Distance] = {
-    "js": Distance(js_divergence, root=True),
+    "js": Distance(js_divergence, root=True, of_unnormalised=normalised_js_divergence),
     "kl": Distance(
         lambda student, teacher, **kw: kl_divergence(teacher, student, **kw), root=False
     ),
@@ -109,15 +113,8 @@ def pyramid_distance(
         log_base=log_base,
     )
     check_pyramids(student, teacher, masks)
-    if level_weights and len(level_weights) != len(student):
-        raise ValueError(
-            f"{len(level_weights)} level weights were given for the {len(student)} levels "
-            f"{', '.join(student)}; give one for each level or none."
-        )
-
-    total, total_weight = 0.0, 0.0
-    for level, weight in zip(student, level_weights or [1.0] * len(student), strict=True):
-        value, num_elements = _level_distance(
+    levels = {
+        level: _level_distance(
             student[level],
             teacher[level],
             mask=None if masks is None else masks[level],
@@ -127,6 +124,34 @@ def pyramid_distance(
             temperature=temperature,
             log_base=log_base,
         )
+        for level in student
+    }
+    return combine_levels(levels, level_reduction, level_weights)
+
+
+def combine_levels(
+    levels: Mapping[str, tuple[Tensor, Tensor | float]],
+    level_reduction: str,
+    level_weights: Sequence[float],
+) -> Tensor:
+    """The distance between two pyramids from those of their levels.
+
+    Args:
+        levels: level -> distance, and number of elements that it covers.
+        level_reduction, level_weights: see :func:`pyramid_distance`.
+
+    Raises:
+        ValueError: there are not as many weights as levels.
+    """
+    if level_weights and len(level_weights) != len(levels):
+        raise ValueError(
+            f"{len(level_weights)} level weights were given for the {len(levels)} levels "
+            f"{', '.join(levels)}; give one for each level or none."
+        )
+    total, total_weight = 0.0, 0.0
+    for (value, num_elements), weight in zip(
+        levels.values(), level_weights or [1.0] * len(levels), strict=True
+    ):
         if level_reduction == "elements":
             weight = weight * num_elements
         total = total + weight * value
@@ -148,10 +173,9 @@ def _level_distance(
     log_base: float,
 ) -> tuple[Tensor, Tensor | float]:
     """Returns the distance at one level and the number of elements that it covers."""
-    num_elements: Tensor | float = float(max(student.numel(), 1))
+    num_elements = count_elements(student, mask)
     if mask is not None:
         mask = mask[:, None]  # (N, 1, H, W)
-        num_elements = (mask.sum() * student.shape[1]).clamp(min=1)
         # Equal on both sides, padded cells add exactly 0, and not even a NaN gets out of them.
         student = student.masked_fill(~mask, 0)
         teacher = teacher.masked_fill(~mask, 0)
@@ -185,6 +209,13 @@ def _level_distance(
         # Those with any cell on an image.
         num_distributions = mask.any(dim).expand_as(divergence).sum().clamp(min=1)
     return root(divergence).sum() / num_distributions, num_elements
+
+
+def count_elements(maps: Tensor, mask: Tensor | None) -> Tensor | float:
+    """Values of (N, C, H, W) maps in cells where the (N, H, W) mask is True; at least 1."""
+    if mask is None:
+        return float(max(maps.numel(), 1))
+    return (mask.sum() * maps.shape[1]).clamp(min=1)
 
 
 def check_options(
