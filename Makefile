@@ -44,5 +44,5 @@ lock: install
 		requirements/requirements.in
 
 clean:
-	rm -rf .venv output build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv output build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

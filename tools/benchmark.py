@@ -43,6 +43,7 @@ def main(args: argparse.Namespace) -> None:
     jobs = plan_jobs(args.config_file, args.opts, device=device, stage=args.stage)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.open("a").close()  # before the measurement, not after it
     load = os.getloadavg()[0]
     configs = measure(
         jobs,

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from sssd.engine import user_errors
 from sssd.visualization import read_metrics
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -47,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

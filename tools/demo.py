@@ -28,7 +28,7 @@ from detectron2.data import (
 )
 from detectron2.modeling import build_model
 
-from sssd.engine import Checkpointer, export_student, load_config
+from sssd.engine import Checkpointer, export_student, load_config, user_errors
 from sssd.visualization import draw_detections, plot_training, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -186,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

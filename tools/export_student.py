@@ -14,9 +14,8 @@ Of a classifier it holds ``model.pth``, a bare state dict that timm or torchvisi
 """
 
 import argparse
-import sys
 
-from sssd.engine import CheckpointError, export_student
+from sssd.engine import export_student, user_errors
 from sssd.engine.trained_network import config_beside
 
 
@@ -35,11 +34,9 @@ def main() -> None:
         help="the averaged weights (MODEL.SSSD.AVERAGING.DECAY) instead of the last ones",
     )
     args = parser.parse_args()
-    config_file = args.config_file or config_beside(args.checkpoint)
-    try:
+    with user_errors():
+        config_file = args.config_file or config_beside(args.checkpoint)
         written = export_student(args.checkpoint, config_file, args.output, args.averaged)
-    except (CheckpointError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
     print(f"wrote {args.output}/model.pth and {written}")
 
 

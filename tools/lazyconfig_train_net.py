@@ -19,12 +19,8 @@ import argparse
 import logging
 from typing import Any
 
-from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import (
-    default_setup,
-    default_writers,
-    hooks,
-)
+from detectron2.config import instantiate
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -36,12 +32,14 @@ from sssd.engine import (
     Checkpointer,
     TrainingStep,
     argument_parser,
+    begin_output,
     describe_distillation,
     distributed,
     evaluate_with_average,
     hold_frozen_parameters,
     initialise_second_step,
     launch_script,
+    load_lazy_config,
     save_last_good,
     set_earlier_run_aside,
     training_hooks,
@@ -107,8 +105,8 @@ def do_train(args: argparse.Namespace, cfg: DictConfig) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    default_setup(cfg, args)
+    cfg = load_lazy_config(args.config_file, args.opts)
+    begin_output(cfg, args)
     if not args.eval_only:
         do_train(args, cfg)
         return

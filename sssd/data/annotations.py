@@ -27,6 +27,7 @@ from .coco_file import (
     read_coco_file,
     short,
 )
+from .coco_shapes import bad_keypoints, bad_segmentations, without_polygon
 from .datasets import dataset_files
 
 # COCO's own boxes stick out of their images by fractions of a pixel.
@@ -48,7 +49,27 @@ _FAULTS = {
     "({known}): correct it or add the category",
     "incomplete": "lacks 'area' or 'iscrowd', which the evaluation needs: add them (area in square "
     "pixels, iscrowd 0)",
+    "no area": "has the area {area}: write a number of square pixels",
+    "crowd": "has the iscrowd {iscrowd}: write 0 or 1",
+    "ignored": "has the ignore {ignore}, which Detectron2 cannot train on: remove the annotation, "
+    "or write iscrowd 1",
+    "bad segmentation": "has the segmentation {segmentation}: write polygons, [[x, y, x, y, ...]], "
+    "or a run-length encoding of the whole image, with counts and size; or remove the key",
+    "bad keypoints": "has the keypoints {keypoints}: write numbers, [x, y, visibility, ...], or "
+    "remove the key",
 }
+
+
+_SHOWN = (
+    "image_id",
+    "category_id",
+    "bbox",
+    "area",
+    "iscrowd",
+    "ignore",
+    "segmentation",
+    "keypoints",
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,9 @@ class AnnotationReport:
         images_without_boxes: images with no annotation, or with crowd annotations only.
         crowd_boxes: annotations with ``iscrowd``; Detectron2 does not train on them.
         zero_size_boxes: boxes with no area inside their image; Detectron2 drops them.
+        without_polygon: boxes whose segmentation has no polygon of three points; Detectron2 drops
+            them, also from the training of boxes.
+        usable_boxes: what is left to train on.
         clipped_boxes: boxes that stick out of their image by no more than a pixel; Detectron2
             clips them.
     """
@@ -74,14 +98,18 @@ class AnnotationReport:
     images_without_boxes: int
     crowd_boxes: int
     zero_size_boxes: int
+    without_polygon: int
     clipped_boxes: int
+    usable_boxes: int
 
     def summary(self) -> str:
         """The counts in one line."""
         return (
             f"{self.file}: {self.images} images ({self.images_without_boxes} without boxes), "
-            f"{self.boxes} boxes of {len(self.classes)} classes ({self.crowd_boxes} crowd, "
-            f"{self.zero_size_boxes} of zero size, {self.clipped_boxes} clipped to the image)"
+            f"{self.boxes} boxes of {len(self.classes)} classes, {self.usable_boxes} of them to "
+            f"train on ({self.crowd_boxes} crowd, {self.zero_size_boxes} of zero size, "
+            f"{self.without_polygon} without a polygon of three points; {self.clipped_boxes} "
+            "clipped to the image)"
         )
 
 
@@ -139,7 +167,7 @@ def check_annotation_file(
     for what, entries in (("image", images), ("annotation", annotations)):
         check_unique(path, what, entries)
     sizes = image_sizes(path, images)
-    crowd = _mask(bool(entry.get("iscrowd", 0)) for entry in annotations)
+    crowd = _mask(entry.get("iscrowd", 0) != 0 for entry in annotations)
     if training and crowd.all():
         why = f"all its {len(crowd)} annotations are crowds" if len(crowd) else "it lists no boxes"
         raise AnnotationError(
@@ -182,6 +210,11 @@ def _check_annotations(
         "outside": finite & (excess > TOLERATED_EXCESS + _ROUNDING),
         "unknown category": _mask(entry["category_id"] not in known for entry in annotations),
         "incomplete": _mask(any(key not in entry for key in needed) for entry in annotations),
+        "no area": _mask(not _is_area(entry.get("area", 0)) for entry in annotations),
+        "crowd": _mask(entry.get("iscrowd", 0) not in (0, 1) for entry in annotations),
+        "ignored": _mask(entry.get("ignore", 0) != 0 for entry in annotations),
+        "bad segmentation": bad_segmentations(annotations, sizes[image_index]),
+        "bad keypoints": bad_keypoints(annotations),
     }
     bad = np.any(list(faults.values()), axis=0)
     if bad.any():
@@ -192,11 +225,9 @@ def _check_annotations(
             size = "{:g}x{:g}".format(*sizes[image_index[first]])
         fault = next(fault for fault, mask in faults.items() if mask[first])
         what = _FAULTS[fault].format(
-            image_id=entry["image_id"],
-            bbox=short(entry.get("bbox")),
             size=size,
-            category_id=entry["category_id"],
             known=listed(sorted(known)),
+            **{key: short(entry.get(key)) for key in _SHOWN},
         )
         raise AnnotationError(
             f"{path}: annotation {entry['id']}{of_image} {what}"
@@ -204,6 +235,8 @@ def _check_annotations(
         )
 
     with_boxes = np.unique(image_index[~crowd])
+    zero_size = (visible <= _EMPTY_SIDE).any(axis=1)
+    no_polygon = without_polygon(annotations)
     return AnnotationReport(
         file=path,
         classes=tuple(c["name"] for c in sorted(categories, key=lambda c: c["id"])),
@@ -211,9 +244,15 @@ def _check_annotations(
         boxes=len(annotations),
         images_without_boxes=len(images) - len(with_boxes),
         crowd_boxes=int(crowd.sum()),
-        zero_size_boxes=int((visible <= _EMPTY_SIDE).any(axis=1).sum()),
+        zero_size_boxes=int(zero_size.sum()),
+        without_polygon=int(no_polygon.sum()),
         clipped_boxes=int((excess > _ROUNDING).sum()),
+        usable_boxes=int((~crowd & ~zero_size & ~no_polygon).sum()),
     )
+
+
+def _is_area(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _mask(flags: Iterable[bool]) -> np.ndarray:

@@ -6,13 +6,15 @@ from .. import _detectron2  # noqa: F401
 from .averaging import AveragedWeights, evaluate_with_average
 from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .classification import ClassificationTrainer
+from .config_file import ConfigError, load_config, load_lazy_config
 from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
 from .labelenc import initialise_second_step, labelenc_step
 from .optimizer import build_optimizer, hold_frozen_parameters, optimizer_params
+from .output import begin_output
 from .processes import distributed
 from .scripts import argument_parser, launch_script, user_errors
-from .setup import describe_distillation, load_config, setup
+from .setup import describe_distillation, setup
 from .signals import signals_passed_on
 from .stage_runs import run_stages
 from .stages import last_stage, plan_stages
@@ -25,11 +27,13 @@ __all__ = [
     "BestCheckpointer",
     "CheckpointError",
     "ClassificationTrainer",
+    "ConfigError",
     "Checkpointer",
     "DistillationMetrics",
     "Trainer",
     "TrainingStep",
     "argument_parser",
+    "begin_output",
     "build_optimizer",
     "describe_distillation",
     "distributed",
@@ -41,6 +45,7 @@ __all__ = [
     "last_stage",
     "launch_script",
     "load_config",
+    "load_lazy_config",
     "optimizer_params",
     "plan_stages",
     "run_stages",

@@ -18,8 +18,8 @@ import torch
 from detectron2.config import CfgNode
 
 from .benchmark_worker import serve
+from .config_file import load_config
 from .labelenc import labelenc_step
-from .setup import load_config
 from .stages import plan_stages
 
 __all__ = ["BenchmarkError", "Job", "Worker", "measure", "plan_jobs", "summarise", "take_turns"]
@@ -69,8 +69,9 @@ def plan_jobs(
             others, and all if it is empty, give their last.
 
     Raises:
-        BenchmarkError: a file or the value of an override is missing, there is no such key, stage
-            or device.
+        BenchmarkError: a file or the value of an override is missing, there is no such stage or
+            device.
+        ConfigError: there is no such key, or a value is of another type.
         ValueError: a config does not describe its stages as it should.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -83,11 +84,7 @@ def plan_jobs(
     for path in config_files:
         if not os.path.isfile(path):
             raise BenchmarkError(f"The config {path} does not exist: correct --config-file.")
-        try:
-            cfg = load_config(path, [*opts, "MODEL.DEVICE", device])
-        except (AssertionError, KeyError) as error:  # yacs: a key that there is not
-            reason = str(error.args[0] if error.args else error)
-            raise BenchmarkError(f"The config {path} cannot be used: {reason}.") from error
+        cfg = load_config(path, [*opts, "MODEL.DEVICE", device])
         stages = _stages_of(cfg)
         known.update(dict.fromkeys(stages))
         own = stage if stage in stages else list(stages)[-1]

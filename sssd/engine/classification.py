@@ -4,6 +4,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -28,7 +29,7 @@ from .processes import file_of_main
 from .rehearsal import rehearse
 from .trainer import Trainer
 
-__all__ = ["ClassificationTrainer", "check_classification_data"]
+__all__ = ["ClassificationTrainer", "check_classification_data", "teacher_of_main"]
 
 logger = logging.getLogger("sssd")
 
@@ -46,11 +47,8 @@ class ClassificationTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         check_classification_data(cfg)
-        with file_of_main(cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS) as weights:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = weights
-            model = super(Trainer, cls).build_model(cfg)
+        with teacher_of_main(cfg) as own:
+            model = super(Trainer, cls).build_model(own)
         frozen = rehearse(model, cfg.MODEL.SSSD.CLASSIFIER.SIZE)
         if frozen:
             logger.info(
@@ -143,6 +141,16 @@ class _Repeated:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
+
+
+@contextmanager
+def teacher_of_main(cfg: CfgNode) -> Iterator[CfgNode]:
+    """The config with weights of the teacher that every process can read, for the time inside."""
+    with file_of_main(cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS) as weights:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = weights
+        yield cfg
 
 
 def check_classification_data(cfg: CfgNode) -> None:

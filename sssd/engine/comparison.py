@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from .setup import load_config
+from .config_file import load_config
 from .stages import plan_stages
 
 __all__ = [

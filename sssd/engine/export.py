@@ -9,10 +9,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..disk import naming
 from .averaging import AVERAGED
 from .checkpoint import Checkpointer
+from .config_file import load_config, load_lazy_config
 from .export_classifier import export_classifier
-from .setup import load_config
+from .files import write_whole
 
 __all__ = ["export_student", "stock_config"]
 
@@ -48,6 +50,7 @@ def export_student(checkpoint: str, config_file: str, output: str, averaged: boo
         FileNotFoundError: when there is no config file.
         CheckpointError: when the checkpoint is damaged or does not fit the config.
         ValueError: the same of a classifier.
+        OSError: ``output`` cannot be written.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(
@@ -56,7 +59,7 @@ def export_student(checkpoint: str, config_file: str, output: str, averaged: boo
         )
     entry = AVERAGED if averaged else "model"
     lazy = _is_lazy(config_file)
-    cfg = LazyConfig.load(config_file) if lazy else load_config(config_file)
+    cfg = load_lazy_config(config_file) if lazy else load_config(config_file)
     if not lazy and cfg.MODEL.META_ARCHITECTURE == "ClassificationDistiller":
         return export_classifier(checkpoint, cfg, output, entry)
     config = _student_config(cfg)
@@ -74,8 +77,8 @@ def export_student(checkpoint: str, config_file: str, output: str, averaged: boo
     if isinstance(config, DictConfig):
         LazyConfig.save(OmegaConf.create({"model": config}, flags={"allow_objects": True}), path)
     else:
-        with open(path, "w") as f:
-            f.write(config.dump())
+        with naming(path):
+            write_whole(path, lambda file: file.write(config.dump().encode()))
     return path
 
 
@@ -96,4 +99,6 @@ def _student_config(cfg: CfgNode | DictConfig) -> CfgNode | DictConfig:
 def _save_weights(model: nn.Module, checkpoint: str, path: str, entry: str) -> None:
     Checkpointer(model).load(checkpoint, checkpointables=[], whole=True, entry=entry)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    torch.save({"model": {k: v.cpu() for k, v in model.state_dict().items()}}, path)
+    weights = {"model": {k: v.cpu() for k, v in model.state_dict().items()}}
+    with naming(path):
+        write_whole(path, lambda file: torch.save(weights, file))

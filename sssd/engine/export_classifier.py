@@ -11,6 +11,8 @@ from detectron2.data import MetadataCatalog
 from ..classification.networks import load_network_weights
 from ..data import DatasetError
 from ..data.classification_mapper import build_transform
+from ..disk import naming
+from .files import write_whole
 from .trained_network import network_of
 
 __all__ = ["export_classifier"]
@@ -36,15 +38,17 @@ def export_classifier(checkpoint: str, cfg: CfgNode, output: str, entry: str = "
 
     Raises:
         ValueError: the checkpoint does not exist, is damaged or does not fit the config.
+        OSError: ``output`` cannot be written.
     """
     network = network_of(cfg)
     load_network_weights(network, checkpoint, cfg.MODEL.SSSD.CLASSIFIER.NETWORK, entry)
     os.makedirs(output, exist_ok=True)
-    torch.save(network.state_dict(), os.path.join(output, "model.pth"))
-    path = os.path.join(output, "config.json")
-    with open(path, "w") as f:
-        json.dump(_description(cfg), f, indent=2)
-        f.write("\n")
+    weights, path = (os.path.join(output, name) for name in ("model.pth", "config.json"))
+    with naming(weights):
+        write_whole(weights, lambda file: torch.save(network.state_dict(), file))
+    text = json.dumps(_description(cfg), indent=2) + "\n"
+    with naming(path):
+        write_whole(path, lambda file: file.write(text.encode()))
     return path
 
 

@@ -76,8 +76,8 @@ def initialise_second_step(model: SelfDistiller, path: str) -> None:
     try:
         with file_of_main(path) as file:
             checkpoint = read_checkpoint_file(file)
-        check_weights(checkpoint.get("model"))
-        check_weights(checkpoint.get("sssd"))
+        check_weights(checkpoint.get("model", {}))
+        check_weights(checkpoint.get("sssd", {}))
     except WeightsFileError as error:
         raise CheckpointError(
             f"The checkpoint of step 1, {path}, cannot be read: {error}; run step 1 again."
@@ -85,10 +85,10 @@ def initialise_second_step(model: SelfDistiller, path: str) -> None:
     prefix = "teacher."
     teacher = {
         name.removeprefix(prefix): value
-        for name, value in checkpoint["sssd"].items()
+        for name, value in checkpoint.get("sssd", {}).items()
         if name.startswith(prefix)
     }
-    heads = {k: v for k, v in checkpoint["model"].items() if not k.startswith("backbone.")}
+    heads = {k: v for k, v in checkpoint.get("model", {}).items() if not k.startswith("backbone.")}
     try:
         model.teacher.load_state_dict(teacher)
         fpn = {f"backbone.{name}": value for name, value in fpn_state(model.teacher).items()}

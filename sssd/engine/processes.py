@@ -1,10 +1,13 @@
 """Many processes: starting them, wrapping the model, and what only the main one has."""
 
+import hashlib
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,9 +23,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .signals import signals_passed_on
 
-__all__ = ["broadcast_buffers", "distributed", "file_of_main", "from_main", "launch"]
+__all__ = [
+    "broadcast_buffers",
+    "distributed",
+    "file_of_main",
+    "from_main",
+    "gloo_group",
+    "launch",
+    "on_main",
+]
 
 logger = logging.getLogger("sssd")
+
+_timeout: timedelta | None = None  # of a launch; None for torch's own
+# What Gloo, NCCL and the store write of a process that is gone, or that does not answer.
+_ENDED = re.compile("closed|reset|refused|broken pipe|remote process", re.IGNORECASE)
+_SILENT = re.compile("timed? ?out", re.IGNORECASE)
 
 
 def launch(
@@ -53,18 +69,20 @@ def launch(
 
     Raises:
         ValueError: the machines need a ``dist_url``, or there are fewer GPUs than processes.
-        SystemExit: with the status of the process that ended first, if that is not 0.
+        SystemExit: with the status of the process that ended first, if that is not 0. Each process
+            says itself why it ends; one that others have left alone does it in a sentence.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            on_each = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-            _join({"init_method": "env://"}, local, on_each, timeout)
-        main(*args)
-        return
-    world_size = num_processes * num_machines
+    of_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if of_torchrun else num_processes * num_machines
     if world_size <= 1:
         main(*args)
+        return
+    if of_torchrun:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        on_each = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        with _ends_with_the_others(int(os.environ["RANK"]), world_size, timeout):
+            _join({"init_method": "env://"}, local, on_each, timeout)
+            main(*args)
         return
     if dist_url == "auto":
         if num_machines > 1:
@@ -94,21 +112,91 @@ def launch(
         except mp.ProcessExitedException as error:
             # A process that has said why, or that was killed.
             if error.exit_code < 0:
-                logger.error("Process %d was ended by a signal: %s.", error.error_index, error)
+                logger.error(
+                    "Process %d was ended by %s; go on with --resume.",
+                    machine_rank * num_processes + error.error_index,
+                    error.signal_name,
+                )
             sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
 
 
 def _start(local: int, place: dict, first: int, on_each: int, timeout, main, args) -> None:
-    _join({**place, "rank": first + local}, local, on_each, timeout)
-    main(*args)
+    rank = first + local
+    try:
+        with _ends_with_the_others(rank, place["world_size"], timeout):
+            _join({**place, "rank": rank}, local, on_each, timeout)
+            main(*args)
+    except Exception:
+        # Here, because the process that has started this one hears of the first that ends, and
+        # that may be one of the others.
+        sys.stderr.write(f"Process {rank}: {traceback.format_exc()}")
+        _leave()
+        sys.exit(1)
+
+
+@contextmanager
+def _ends_with_the_others(rank: int, world_size: int, timeout: timedelta) -> Iterator[None]:
+    """Ends this process with a sentence, when another has ended or does not answer any more.
+
+    Raises:
+        SystemExit: instead of what Gloo, NCCL or the store raise, or what was made of that.
+    """
+    training = logging.getLogger("detectron2.engine.train_loop")
+    training.addFilter(_says_more_than_the_sentence)  # else it writes the traceback of Gloo's error
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = _lost_connection(error)
+        if reason is None:
+            raise
+        if _SILENT.search(reason):
+            what = f"has not answered within {timeout}"
+            fix = "see what keeps it, and give a longer --timeout where it only needs the time"
+        else:
+            what = "has ended"
+            fix = "look for its last lines, here or in the logs of OUTPUT_DIR (log.txt.rank1, ...)"
+        _leave()
+        sys.exit(
+            f"error: Process {rank} of {world_size} stops, because another one {what} ({reason}): "
+            f"{fix}; then go on with --resume."
+        )
+    finally:
+        training.removeFilter(_says_more_than_the_sentence)
+
+
+def _leave() -> None:
+    """Takes Gloo's groups down; else their threads often abort a program that ends in failure."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+def _says_more_than_the_sentence(record: logging.LogRecord) -> bool:
+    return not record.exc_info or _lost_connection(record.exc_info[1]) is None
+
+
+def _lost_connection(error: BaseException | None) -> str | None:
+    """The line that says how the connection to another process was lost, if that is the cause."""
+    of_torch = getattr(dist, "DistError", ())  # NCCL's and the store's; Gloo's are RuntimeErrors
+    while error is not None:
+        text = str(error)
+        if isinstance(error, of_torch) or (isinstance(error, RuntimeError) and "/gloo/" in text):
+            for line in text.splitlines():
+                if _ENDED.search(line) or _SILENT.search(line):
+                    return re.sub(r"^\[[^]]*\] *", "", line).rstrip(" .")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _join(place: dict[str, Any], local: int, on_each: int, timeout: timedelta) -> None:
     """Makes this process one of the training."""
+    global _timeout
+    _timeout = timeout
     gpus = torch.cuda.is_available()
     dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, **place)
     if gpus:
         torch.cuda.set_device(local)
+        everyone = gloo_group()  # Detectron2's own would wait for half an hour
+        comm._get_global_gloo_group = lambda: everyone
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(on_each)
     else:  # v0.6: its launch sets it
@@ -117,6 +205,11 @@ def _join(place: dict[str, Any], local: int, on_each: int, timeout: timedelta) -
             if first <= comm.get_rank() < first + on_each:
                 comm._LOCAL_PROCESS_GROUP = group
     comm.synchronize()
+
+
+def gloo_group() -> Any:
+    """A new group of all processes, which talks by Gloo and has the timeout of the launch."""
+    return dist.new_group(backend="gloo", timeout=_timeout)
 
 
 def _free_port() -> int:
@@ -169,26 +262,51 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def on_main(check: Callable[[], object]) -> None:
+    """Lets the main process check something; what that raises, is raised in every process."""
+    error = None
+    if comm.is_main_process():
+        try:
+            check()
+        except Exception as raised:
+            error = raised
+    error = from_main(error)
+    if error is not None:
+        raise error
+
+
 @contextmanager
 def file_of_main(path: str) -> Iterator[str]:
     """The path of a file with the content that ``path`` has for the main process.
 
-    Machines without a common disk get a copy for the time inside.
+    Machines without a common disk get a copy for the time inside; where the main process has no
+    such file, nor does any other.
     """
-    size = os.path.getsize(path) if os.path.isfile(path) else -1
-    if comm.get_world_size() == 1 or len(set(comm.all_gather(size))) == 1:
+    if comm.get_world_size() == 1 or len(set(comm.all_gather(_digest(path)))) == 1:
         yield path
         return
     content = None
-    if comm.is_main_process() and size >= 0:
+    if comm.is_main_process() and os.path.isfile(path):
         with open(path, "rb") as file:
             content = file.read()
     content = from_main(content)
-    if comm.is_main_process() or content is None:
+    if comm.is_main_process():
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = os.path.join(folder, os.path.basename(path))
-        with open(copy, "wb") as file:
-            file.write(content)
+        if content is not None:
+            with open(copy, "wb") as file:
+                file.write(content)
         yield copy
+
+
+def _digest(path: str) -> bytes | None:
+    """Of the content, since checkpoints of two runs have the same size; None without a file."""
+    if not os.path.isfile(path):
+        return None
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            content.update(chunk)
+    return content.digest()

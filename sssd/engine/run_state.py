@@ -14,7 +14,7 @@ from torch import nn
 
 from ..random_state import random_state, set_random_state
 
-__all__ = ["RunState"]
+__all__ = ["RunState", "cut_to_whole_lines"]
 
 logger = logging.getLogger("sssd")
 
@@ -41,7 +41,8 @@ class RunState(HookBase):
         Args:
             model: as it is trained, without DistributedDataParallel around it.
             loaders: those with a state, by name.
-            periods: of what saves or evaluates; only then the states of all processes are gathered.
+            periods: of what saves, evaluates or writes; only then the states of all processes are
+                gathered.
         """
         self._model = model
         self._loaders = loaders
@@ -104,14 +105,18 @@ class RunState(HookBase):
             )
         _set_events(self.trainer.storage, self.loaded["events"])
         for writer, state in zip(_writers(self.trainer), self.loaded["writers"], strict=False):
-            if self.loaded["max_iter"] != self.trainer.max_iter:
-                # A run that is made longer keeps the end of the shorter one and its evaluation.
-                writer._last_write = self.trainer.start_iter - 1
+            if self.loaded["max_iter"] == self.trainer.max_iter:
+                writer._last_write = state["last_write"]
+                if isinstance(writer, JSONWriter):
+                    # What was written after the checkpoint is about to be written again.
+                    _cut(writer, state["size"])
                 continue
-            writer._last_write = state["last_write"]
+            # A run that is made longer keeps the end of the shorter one and its evaluation.
+            writer._last_write = self.trainer.start_iter - 1
             if isinstance(writer, JSONWriter):
-                # What was written after the checkpoint is about to be written again.
-                _cut(writer, state["size"])
+                cut_to_whole_lines(writer)
+                if os.path.getsize(writer._file_handle.name) <= state["size"]:  # it had no end
+                    writer._last_write = state["last_write"]
 
     def begin(self) -> None:
         """In a folder that has been used, the logged values of the new run begin a new file."""
@@ -156,6 +161,12 @@ def _writer_state(writer: Any) -> dict[str, int]:
     if isinstance(writer, JSONWriter):
         state["size"] = os.fstat(writer._file_handle.fileno()).st_size
     return state
+
+
+def cut_to_whole_lines(writer: JSONWriter) -> None:
+    """Takes away the part of a line behind which the disk was full or the process killed."""
+    with open(writer._file_handle.name, "rb") as file:
+        _cut(writer, file.read().rfind(b"\n") + 1)
 
 
 def _cut(writer: JSONWriter, size: int) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Any
 
 from detectron2.engine import default_argument_parser
 
+from ..disk import complaint, is_of_a_file
 from .checkpoint import CheckpointError
 from .processes import launch
 from .signals import limit_time
@@ -29,8 +31,19 @@ def user_errors() -> Iterator[None]:
     """Ends the program with the sentence of an error that needs no traceback."""
     try:
         yield
+    except OSError as error:
+        if not is_of_a_file(error):
+            raise
+        sys.exit(f"error: {_last_line(complaint(error))}.")
     except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_last_line(str(error))}")
+
+
+def _last_line(message: str) -> str:
+    """Out of a loader's worker an error comes as the text of a traceback, which ends with it."""
+    if not message.startswith("Caught "):
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -90,5 +103,12 @@ def launch_script(main: Callable[[argparse.Namespace], Any], args: argparse.Name
 
 def _run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     limit_time(getattr(args, "time_limit", None))
+    threading.excepthook = _except_tensorboard
     with user_errors():
         main(args)
+
+
+def _except_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread; TensorBoard's hands its error to whoever writes next."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)

@@ -6,21 +6,20 @@ from collections.abc import Callable
 from glob import escape, glob
 from typing import Any
 
-import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_setup
-from detectron2.utils import comm
-from detectron2.utils.logger import log_first_n, setup_logger
+from detectron2.config import CfgNode
 from torch import nn
 
-from ..config import add_sssd_config
 from ..data import check_dataset, is_coco_style
 from ..meta_arch import SelfDistiller
 from ..meta_arch.build import student_num_classes
 from .checkpoint import CheckpointError
+from .config_check import check_values
+from .config_file import load_config
+from .output import begin_output
+from .processes import on_main
 
-__all__ = ["check_datasets", "describe_distillation", "load_config", "setup"]
+__all__ = ["check_datasets", "describe_distillation", "setup"]
 
 logger = logging.getLogger("sssd")
 
@@ -32,26 +31,6 @@ _FREE_ON_RESUME = (
 )
 
 
-def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
-    """Detectron2's defaults, sssd's keys, a config file (safe YAML) and overrides, in this order.
-
-    Args:
-        config_file: path; "" for none.
-        opts: alternating keys and values, as on Detectron2's command lines.
-    """
-    cfg = get_cfg()
-    add_sssd_config(cfg)
-    if config_file:
-        cfg.merge_from_file(config_file, allow_unsafe=False)
-    cfg.merge_from_list(list(opts))
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        log_first_n(
-            logging.WARNING, "No GPU is available: MODEL.DEVICE is set to cpu.", name="sssd"
-        )
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
-
-
 def setup(args: Any, change: Callable[[CfgNode], CfgNode] | None = None) -> CfgNode:
     """Config and logging for a training or evaluation, from Detectron2's own flags.
 
@@ -60,12 +39,15 @@ def setup(args: Any, change: Callable[[CfgNode], CfgNode] | None = None) -> CfgN
         change: what a script makes of the config.
 
     Raises:
+        ConfigError: the config file or a value in it cannot be used.
         CheckpointError: when ``--resume`` would continue a run with another config.
         ValueError: when test-time augmentation is asked of the SelfDistiller, or a recipe of two
             steps is to be trained as one.
+        OSError: the config cannot be read, or OUTPUT_DIR not be written.
     """
     cfg = load_config(args.config_file, args.opts)
     cfg = cfg if change is None else change(cfg)
+    check_values(cfg)
     if cfg.MODEL.SSSD.TEACHER.NAME == "label_map" and not cfg.MODEL.SSSD.LABELENC.STEP:
         raise ValueError(
             f"{args.config_file or 'The config'} is a recipe of two steps (MODEL.SSSD.TEACHER.NAME "
@@ -78,10 +60,9 @@ def setup(args: Any, change: Callable[[CfgNode], CfgNode] | None = None) -> CfgN
             "(TEST.AUG.ENABLED must be False here)."
         )
     if getattr(args, "resume", False):
-        check_resumed_config(cfg)
+        on_main(lambda: check_resumed_config(cfg))
     cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="sssd")
+    begin_output(cfg, args)
     return cfg
 
 

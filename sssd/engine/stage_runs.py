@@ -12,9 +12,16 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ..disk import naming
 from ..evaluation.ensemble import NetworkEnsemble
 from .checkpoint import Checkpointer, set_earlier_run_aside
-from .classification import ClassificationTrainer, check_classification_data
+from .classification import (
+    ClassificationTrainer,
+    check_classification_data,
+    teacher_of_main,
+)
+from .files import write_whole
+from .output import check_output_folder
 from .processes import file_of_main, from_main
 from .rehearsal import rehearse
 from .stages import RESULTS, Stage, plan_stages
@@ -39,10 +46,13 @@ def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: something in the config does not fit; before anything is trained.
+        OSError: a folder of a stage cannot be written; likewise.
     """
     stages = plan_stages(cfg)
     check_classification_data(cfg)
     rehearse_stages(stages, resume)
+    for stage in stages:
+        check_output_folder(stage.cfg.OUTPUT_DIR)
     if not resume:
         _forget(stages)
     results = {}
@@ -82,7 +92,8 @@ def rehearse_stages(stages: list[Stage], resume: bool) -> None:
             keys.TEACHER.WEIGHTS = ""
         try:
             ClassificationTrainer.build_train_loader(without_workers(cfg))
-            model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+            with teacher_of_main(cfg) as own:
+                model = META_ARCH_REGISTRY.get(own.MODEL.META_ARCHITECTURE)(own)
             earlier = {}
             if stage.previous is not None:
                 (terms, *_) = models[stage.previous].training_parts["terms"]
@@ -114,9 +125,7 @@ def _forget(stages: list[Stage]) -> None:
 def _train(stage: Stage, resume: bool) -> dict[str, Any]:
     cfg = stage.cfg
     if comm.is_main_process():
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        with open(os.path.join(cfg.OUTPUT_DIR, "stage_config.yaml"), "w") as f:
-            f.write(cfg.dump())
+        _write_whole(os.path.join(cfg.OUTPUT_DIR, "stage_config.yaml"), cfg.dump())
     comm.synchronize()
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     trainer = ClassificationTrainer(cfg)
@@ -141,7 +150,10 @@ def _evaluate_generations(stages: list[Stage]) -> dict[str, Any]:
 
 def _write(path: str, results: Mapping[str, Any]) -> None:
     if comm.is_main_process():
-        with open(path + ".part", "w") as f:
-            json.dump(results, f, indent=2)
-        os.replace(path + ".part", path)
+        _write_whole(path, json.dumps(results, indent=2))
     comm.synchronize()
+
+
+def _write_whole(path: str, text: str) -> None:
+    with naming(path):
+        write_whole(path, lambda file: file.write(text.encode()))

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..classification.networks import build_network, load_network_weights
 from ..meta_arch.passes import forked_random_state
-from .setup import load_config
+from .config_file import load_config
 
 __all__ = ["TrainedNetwork", "config_beside", "load_trained_network", "network_of", "titles_of"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -20,9 +21,10 @@ from ..evaluation.teacher import PREFIX as TEACHER
 from ..meta_arch import SelfDistiller
 from .averaging import AVERAGED, AveragedWeights, evaluate_with_average
 from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
+from .explained import explained
 from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
-from .processes import distributed
+from .processes import distributed, from_main
 from .setup import check_datasets, describe_distillation
 from .training_hooks import save_last_good, training_hooks
 from .training_step import TrainingStep
@@ -45,6 +47,10 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         super(DefaultTrainer, self).__init__()  # what DefaultTrainer makes is made here
+        with explained("No training can be built from this config", cfg.OUTPUT_DIR):
+            self._build(cfg)
+
+    def _build(self, cfg: CfgNode) -> None:
         logger_of_detectron2 = logging.getLogger("detectron2")
         if not logger_of_detectron2.isEnabledFor(logging.INFO):
             setup_logger()
@@ -87,6 +93,11 @@ class Trainer(DefaultTrainer):
         return train_loader_from_config(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
         output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
         return FastCOCOEvaluator(dataset_name, output_dir=output_dir)
@@ -117,7 +128,7 @@ class Trainer(DefaultTrainer):
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
         path = cfg.MODEL.WEIGHTS
         if resume and checkpointer.has_checkpoint():
-            path = checkpointer.get_checkpoint_file()
+            path = from_main(checkpointer.get_checkpoint_file())
         if not path:
             raise CheckpointError(
                 "There are no weights to evaluate: set MODEL.WEIGHTS to a checkpoint, or add "
@@ -182,6 +193,13 @@ class Trainer(DefaultTrainer):
         if isinstance(self.checkpointer.model, SelfDistiller):
             logger.info(describe_distillation(self.checkpointer.model))
         return super().train()
+
+    def run_step(self) -> None:
+        if self.iter > self.start_iter:
+            super().run_step()
+            return
+        with explained("The first iteration fails", self.cfg.OUTPUT_DIR):
+            super().run_step()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

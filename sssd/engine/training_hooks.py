@@ -14,7 +14,7 @@ from .averaging import AveragedWeights, UpdateAverage
 from .checkpoint import Checkpointer
 from .hooks import BestCheckpointer, DistillationMetrics
 from .run_state import RunState
-from .stop import EvalHook, StopInOrder
+from .stop import EvalHook, PeriodicWriter, StopInOrder
 
 __all__ = ["save_last_good", "training_hooks"]
 
@@ -52,7 +52,7 @@ def training_hooks(
         averaged: weights that take every iteration into their average.
     """
     loaders = {name: loader for name, loader in loaders.items() if hasattr(loader, "state_dict")}
-    run_state = RunState(model, loaders, [checkpoint_period, eval_period])
+    run_state = RunState(model, loaders, [checkpoint_period, eval_period, writer_period])
     stop = StopInOrder(checkpointer, run_state)
     main = comm.is_main_process()
     found = [
@@ -70,7 +70,7 @@ def training_hooks(
         stop,
         EvalHook(eval_period, evaluate, stop),
         BestCheckpointer(eval_period, checkpointer, best_metric) if main and best_metric else None,
-        hooks.PeriodicWriter(make_writers(), writer_period) if main else None,
+        PeriodicWriter(make_writers(), writer_period, stop) if main else None,
         GoOn(run_state, stop),
     ]
     return [hook for hook in found if hook is not None]

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from ..disk import complaint, naming
 from ..losses import ShareController
+from .checkpoint import CheckpointError
 from .files import write_whole
 
 __all__ = ["PRECISIONS", "TrainingStep"]
@@ -194,18 +196,34 @@ class TrainingStep(SimpleTrainer):
             return
         message = f"Training stops, {what}."
         if self.save_last_good is not None:
-            path = self.save_last_good()
-            rank = f"_of_process{comm.get_rank()}" if comm.get_world_size() > 1 else ""
-            dump = os.path.join(os.path.dirname(path), f"not_finite{rank}.pth")
-            plain = {"iteration": self.iter, "values": dict(bad), "batches": _plain(batches)}
-            write_whole(dump, lambda file: torch.save(plain, file))
-            message += (
-                f" The state before is saved as {path}, the images with what is annotated as "
-                f"{dump}; --resume repeats the iteration. Lower SOLVER.BASE_LR, lengthen "
-                "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS first, or let "
-                "MODEL.SSSD.SOLVER.MAX_SKIPPED iterations be skipped."
-            )
+            message += f" {self._save_evidence(batches, bad)}"
         raise FloatingPointError(message) from cause
+
+    def _save_evidence(self, batches: list[Any], bad: Mapping[str, float]) -> str:
+        """Saves the state before the iteration and its batches; returns what to do next."""
+        plain = {"iteration": self.iter, "values": dict(bad), "batches": _plain(batches)}
+        rank = f"_of_process{comm.get_rank()}" if comm.get_world_size() > 1 else ""
+        try:
+            path = self.save_last_good()
+            dump = os.path.join(os.path.dirname(path), f"not_finite{rank}.pth")
+            with naming(dump):
+                write_whole(dump, lambda file: torch.save(plain, file))
+            saved = (
+                f"The state before is saved as {path}, the images with what is annotated as "
+                f"{dump}; --resume repeats the iteration."
+            )
+        except CheckpointError as error:
+            saved = str(error)
+        except OSError as error:
+            saved = (
+                f"The state before is saved as {path}, but not the images ({complaint(error)}); "
+                "--resume repeats the iteration."
+            )
+        return (
+            f"{saved} Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or set "
+            "SOLVER.CLIP_GRADIENTS first, or let MODEL.SSSD.SOLVER.MAX_SKIPPED iterations be "
+            "skipped."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

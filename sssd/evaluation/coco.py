@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from pycocotools.cocoeval import COCOeval
 
 from sssd.data import dataset_files, is_coco_style
+from sssd.disk import naming
 
 __all__ = ["BACKENDS", "FastCOCOEvaluator"]
 
@@ -158,12 +159,14 @@ class FastCOCOEvaluator(COCOEvaluator):
         Raises:
             ValueError: for an image id that is not in the annotation file, and when the metadata
                 lacks the classes because the dataset was never loaded.
+            OSError: ``output_dir`` cannot be written.
         """
         self._check_image_ids(img_ids or ())
         self._check_classes()
         self._img_ids = img_ids
         self.stats = {}
-        results = super().evaluate(img_ids)
+        with naming(self._output_dir or "standard output"):
+            results = super().evaluate(img_ids)
         if results or not self._do_evaluation:
             return results
         if self._distributed and not comm.is_main_process():

@@ -2,6 +2,7 @@ import copy
 import json
 
 import pytest
+from detectron2.data.datasets import load_coco_json
 
 from sssd.data.annotations import AnnotationError, check_annotation_file, check_dataset
 
@@ -48,8 +49,9 @@ def test_report_counts_by_hand(tmp_path):
     assert report.clipped_boxes == 1  # the third ends at x = 100.5
     assert report.zero_size_boxes == 1  # the fourth has no height
     assert report.summary() == (
-        f"{tmp_path}/instances.json: 3 images (1 without boxes), 4 boxes of 2 classes "
-        "(1 crowd, 1 of zero size, 1 clipped to the image)"
+        f"{tmp_path}/instances.json: 3 images (1 without boxes), 4 boxes of 2 classes, 2 of them "
+        "to train on (1 crowd, 1 of zero size, 0 without a polygon of three points; 1 clipped to "
+        "the image)"
     )
 
 
@@ -120,6 +122,56 @@ def test_annotation_without_a_box(tmp_path):
     value = content()
     del value["annotations"][0]["bbox"]
     assert "annotation 21 of image 'a.jpg' has the bbox null" in complaint(write(tmp_path, value))
+
+
+ENCODING = {"size": [80, 100], "counts": [10, 20, 7970]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("iscrowd", 2, "has the iscrowd 2: write 0 or 1"),
+        ("iscrowd", None, "has the iscrowd null"),
+        ("iscrowd", "yes", 'has the iscrowd "yes"'),
+        ("area", "large", 'has the area "large"'),
+        ("area", float("nan"), "has the area NaN"),
+        ("ignore", 1, "has the ignore 1, which Detectron2 cannot train on"),
+        ("segmentation", 7, "has the segmentation 7: write polygons"),
+        ("segmentation", [7], "has the segmentation [7]"),
+        ("segmentation", [[1, 2, 3, 4, 5, "6"]], 'segmentation [[1, 2, 3, 4, 5, "6"]]'),
+        ("segmentation", [[1, 2, 3, 4, 5, float("inf")]], "5, Infinity]]"),
+        ("segmentation", {"size": [80, 100]}, "or a run-length encoding of the whole image"),
+        ("segmentation", {**ENCODING, "size": [100, 80]}, "has the segmentation"),
+        ("segmentation", {**ENCODING, "counts": [10, 20, 30]}, "has the segmentation"),
+        ("segmentation", {**ENCODING, "counts": [10, -20, 8010]}, "has the segmentation"),
+        ("segmentation", {**ENCODING, "counts": "zzzz"}, "has the segmentation"),
+        ("segmentation", {**ENCODING, "counts": "\u0000é"}, "has the segmentation"),
+        ("keypoints", [1, 2], "has the keypoints [1, 2]: write numbers"),
+        ("keypoints", [1, 2, None], "has the keypoints [1, 2, null]"),
+        ("keypoints", {"x": 1}, 'has the keypoints {"x": 1}'),
+    ],
+)
+def test_other_entries_of_an_annotation(tmp_path, key, value, expected):
+    content_ = content()
+    content_["annotations"][2][key] = value
+    message = complaint(write(tmp_path, content_))
+    assert "annotation 23 of image 'b.jpg' has the " in message and expected in message
+
+
+def test_what_detectron2_drops_is_counted(tmp_path):
+    """Of polygons with less than three points, or half a point, it drops the box as well."""
+    value = content()
+    good = [[0, 0, 9, 0, 9, 9]]
+    segmentations = [[[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2], *good], ENCODING, [], None]
+    first = value["annotations"][0]
+    value["annotations"] = [
+        {**first, "id": n, "segmentation": s} for n, s in enumerate(segmentations)
+    ]
+    path = write(tmp_path, value)
+    report = check_annotation_file(path, 2)
+    assert (report.boxes, report.without_polygon, report.usable_boxes) == (6, 2, 4)
+    records = load_coco_json(path, str(tmp_path), None)
+    assert sum(len(record["annotations"]) for record in records) == 4
 
 
 def test_unknown_references(tmp_path):

@@ -2,7 +2,8 @@
 
     python -m tests.engine.killed_run '{"kind": "faster_rcnn", "folder": ..., "moment": ...}'
 
-A moment is what goes on, the iteration, and the signal; test_exact_resume.py has a list.
+A moment is what goes on, the iteration, and the signal; test_exact_resume.py has a list. Instead of
+a signal there may be "a mistake", which raises an error, and "nothing more", which stands still.
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
@@ -12,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from detectron2.engine import hooks
@@ -22,6 +25,7 @@ from detectron2.utils.logger import setup_logger
 from sssd.data import train_loader
 from sssd.engine import ClassificationTrainer, Trainer, files
 from sssd.engine.processes import launch
+from sssd.engine.stop import PeriodicWriter
 from tests.coco_files import register_coco
 from tests.detectors import tiny_config
 
@@ -55,14 +59,18 @@ def configure(kind, folder, workers):
 class Moments:
     """Sends the signal to the training once, when its moment has come."""
 
-    def __init__(self, what, iteration, number):
-        self.what, self.iteration, self.number = what, iteration, number
+    def __init__(self, what, iteration, event):
+        self.what, self.iteration, self.event = what, iteration, event
         self.training = os.getpid()
 
     def has_come(self, what, iteration):
         if (what, iteration) == (self.what, self.iteration):
             self.iteration = -1
-            os.kill(self.training, self.number)
+            if self.event == "a mistake":
+                raise KeyError("a mistake in the code")
+            if self.event == "nothing more":
+                time.sleep(600)
+            os.kill(self.training, signal.Signals[self.event])
 
     def watch(self, trainer):
         model, optimizer = trainer._trainer.model, trainer._trainer.optimizer
@@ -105,27 +113,31 @@ class Moments:
         train_loader._SeededSamples.__getitem__ = watched
 
 
-class PeriodicWriter(hooks.PeriodicWriter):
-    def __init__(self, writers, period):
-        super().__init__(writers, 2)
+class FrequentWriter(PeriodicWriter):
+    def __init__(self, writers, period, stop):
+        super().__init__(writers, 2, stop)
 
 
-def main(kind, folder, processes=1, **options):
-    """Trains in this process, in ``processes`` of its own, or in those of torchrun."""
-    launch(run, processes, args=(kind, folder, options))
+def main(kind, folder, processes=1, place=(), timeout=1800, **options):
+    """Trains in this process, in ``processes`` of its own, or in those of torchrun.
+
+    Args:
+        place: among several machines: how many, which one, and the address of the first.
+    """
+    wait = timedelta(seconds=timeout)
+    launch(run, processes, *place, args=(kind, folder, options), timeout=wait)
 
 
 def run(kind, folder, options):
     cfg = configure(kind, folder, options.get("workers", 0))
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     setup_logger(name="sssd")
-    hooks.PeriodicWriter = PeriodicWriter
+    sys.modules["sssd.engine.training_hooks"].PeriodicWriter = FrequentWriter
     seed_all_rng(3 + comm.get_rank())
     trainer = (ClassificationTrainer if kind == "cs_kd" else Trainer)(cfg)
     trainer.resume_or_load(options.get("resume", False))
     moment = options.get("moment")
     if moment and comm.get_rank() == comm.get_world_size() - 1:
-        moment[2] = signal.Signals[moment[2]]
         Moments(*moment).watch(trainer)
     print("start", trainer.start_iter, flush=True)
     trainer.train()

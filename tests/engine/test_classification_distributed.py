@@ -1,4 +1,5 @@
-"""The trainer of classifiers under DistributedDataParallel: two CPU processes."""
+"""The trainer of classifiers under DistributedDataParallel: two CPU processes, each on a disk of
+its own, on which the second one finds no teacher, no results and no checkpoint."""
 
 import sssd  # noqa: F401  (spawned processes import this first: the compatibility layer)
 
@@ -23,22 +24,25 @@ from tests.classifiers import (
     tiny_config,
     tiny_records,
 )
-from tests.ranks import run_two_ranks
+from tests.ranks import join, run_two_ranks
 
+TEACHER = KEYS + "TEACHER.WEIGHTS"
 RUNS = {
     "kd and pairs": ("kd", KEYS + "TERMS", [{"name": "cross_entropy"}, {"name": "kd"},
                                             {"name": "class_pairs"}]),
     "mutual learning": ("dml",),
     "hint": ("fitnets",),
+    "given teacher": ("kd", TEACHER, "kd and pairs/student/teacher/model_final.pth"),
 }  # fmt: skip
 
 
 def train_one_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    join(rank, port)
+    disk = os.path.join(folder, f"disk{rank}")
+    os.mkdir(disk)
+    os.chdir(disk)
     label_of = {r["image"].tobytes(): r["label"] for r in tiny_records()}
-    seen, weights = [], {}
+    seen, weights, results = [], {}, {}
     train = ClassificationTrainer.train
 
     def watched(self):
@@ -64,12 +68,13 @@ def train_one_rank(rank, port, folder):
     ClassificationTrainer.train = watched
     for run, (recipe, *opts) in RUNS.items():
         cfg = tiny_config(
-            recipe, os.path.join(folder, run, "student"), KEYS + "AUGMENTATION", "none",
+            recipe, os.path.join(run, "student"), KEYS + "AUGMENTATION", "none",
             "SOLVER.MAX_ITER", 4, "DATASETS.TEST", (TINY,), *opts,
         )  # fmt: skip
-        results = run_stages(cfg)
-        weights[run, "results"] = results
-    torch.save({"weights": weights, "seen": seen}, os.path.join(folder, f"{rank}.pth"))
+        results[run] = run_stages(cfg), run_stages(cfg, resume=True)
+    torch.save(
+        {"weights": weights, "seen": seen, "results": results}, os.path.join(folder, f"{rank}.pth")
+    )
     dist.destroy_process_group()
 
 
@@ -81,12 +86,11 @@ def ranks(tmp_path_factory):
 @pytest.mark.long
 def test_both_processes_hold_the_same_weights_after_every_stage(ranks):
     first, second = (rank["weights"] for rank in ranks)
-    stages = [key for key in first if key[1] != "results"]
-    assert stages == [
+    assert list(first) == [
         ("kd and pairs", "teacher"), ("kd and pairs", "student"), ("mutual learning", "student"),
-        ("hint", "teacher"), ("hint", "hint"), ("hint", "student"),
+        ("hint", "teacher"), ("hint", "hint"), ("hint", "student"), ("given teacher", "student"),
     ]  # fmt: skip
-    for key in stages:
+    for key in first:
         assert_same(first[key][1], second[key][1])
         start, end = first[key]
         moved = {name for name in end if not torch.equal(start[name], end[name])}
@@ -97,11 +101,12 @@ def test_both_processes_hold_the_same_weights_after_every_stage(ranks):
 
 
 @pytest.mark.long
-def test_the_main_process_has_the_results(ranks):
-    first, second = (rank["weights"] for rank in ranks)
+def test_the_main_process_has_the_results_and_both_find_them_complete(ranks):
+    first, second = (rank["results"] for rank in ranks)
     for run in RUNS:
-        assert first[run, "results"]["student"]["classification"]
-        assert not any(second[run, "results"].values())
+        results, resumed = first[run]
+        assert results["student"]["classification"] and resumed == results
+        assert not any(second[run][0].values()) and second[run][1] == results
 
 
 @pytest.mark.long

@@ -15,15 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sssd.engine import hold_frozen_parameters
 from tests.detectors import tiny_config, training_input
-from tests.ranks import run_two_ranks
+from tests.ranks import join, run_two_ranks
 
 STEPS = 4
 
 
 def train_one_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    join(rank, port)
     cfg = tiny_config(
         "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 2, "MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 1,
         "MODEL.SSSD.PHASES.DISTILL_OFF_ITERS", 1, "SOLVER.MAX_ITER", STEPS,

@@ -3,39 +3,96 @@
 import json
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from tests.engine.test_exact_resume import assert_equal, outcome
+from tests.ranks import free_port
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TIMEOUT = 15  # seconds
+ENDED = "error: Process 0 of 2 stops, because another one has ended ("
+SILENT = "error: Process 0 of 2 stops, because another one has not answered within 0:00:15 ("
+# What happens to the second process, in which iteration, and what is said then. They tell each
+# other of SIGTERM at the beginning of an iteration.
+MOMENTS = [
+    ("backward", 4, "SIGKILL", ENDED),
+    ("optimizer", 5, "a mistake", ENDED),
+    ("evaluation", 7, "nothing more", SILENT),
+    ("forward", 9, "SIGTERM", "Stopped after iteration 10, which is saved, because SIGTERM came"),
+]
 
 
-def train(folder, *, torchrun=False, **options):
-    arguments = json.dumps({"kind": "faster_rcnn", "folder": str(folder), **options})
-    if torchrun:
-        command = [*TORCHRUN, "-m", "tests.engine.killed_run", arguments]
-    else:
-        arguments = json.dumps({**json.loads(arguments), "processes": 2})
-        command = [sys.executable, "-m", "tests.engine.killed_run", arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+def train(*folders, torchrun, **options):
+    """Two processes, on one machine or, with two folders, on two that do not see each other's."""
+    running, port = [], free_port()
+    for machine, folder in enumerate(folders):
+        place = [len(folders), machine, f"tcp://127.0.0.1:{port}"]
+        arguments = {"kind": "faster_rcnn", "folder": str(folder), "timeout": TIMEOUT, **options}
+        start = [sys.executable]
+        if torchrun:
+            start += ["-m", "torch.distributed.run", "--nnodes", place[0], "--node_rank", machine,
+                      "--nproc_per_node", 2 // place[0], "--master_addr", "127.0.0.1",
+                      "--master_port", port]  # fmt: skip
+        else:
+            arguments.update(place=place, processes=2 // place[0])
+        command = [str(x) for x in (*start, "-m", "tests.engine.killed_run")]
+        said = folder / "said.txt"
+        with open(said, "w") as output:
+            process = subprocess.Popen(
+                [*command, json.dumps(arguments)], cwd=REPOSITORY, stdout=output, stderr=output
+            )
+        running.append((process, said))
+    statuses = [process.wait(timeout=300) for process, _ in running]
+    return SimpleNamespace(
+        ended_well=not any(statuses), said="".join(said.read_text() for _, said in running)
+    )
+
+
+def make(*folders):
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own", "torchrun"])
+def whole(request, tmp_path_factory):
+    """An uninterrupted training, with its outcome and duration."""
+    folder = tmp_path_factory.mktemp("whole")
+    start = time.monotonic()
+    done = train(folder, torchrun=request.param)
+    assert done.ended_well, done.said
+    seconds = time.monotonic() - start
+    return SimpleNamespace(torchrun=request.param, outcome=outcome(folder), seconds=seconds)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("torchrun", [False, True], ids=["own", "torchrun"])
-def test_two_processes_that_are_interrupted_end_as_if_nothing_had_happened(tmp_path, torchrun):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder in (whole, killed):
-        folder.mkdir()
-    done = train(whole, torchrun=torchrun)
-    assert done.returncode == 0, done.stderr
-    # Of one process; the other one must end as well, and after SIGTERM in order. They tell each
-    # other at the beginning of an iteration.
-    for moment in (["backward", 4, "SIGKILL"], ["forward", 9, "SIGTERM"]):
-        done = train(killed, torchrun=torchrun, moment=moment, resume=True)
-        assert done.returncode != 0
-    assert "Stopped after iteration 10, which is saved, because SIGTERM came" in done.stdout
-    done = train(killed, torchrun=torchrun, resume=True)
-    assert done.returncode == 0 and "start 11" in done.stdout, done.stderr
-    assert_equal(outcome(killed), outcome(whole))
+def test_two_processes_that_are_interrupted_end_as_if_nothing_had_happened(whole, tmp_path):
+    (folder,) = make(tmp_path / "killed")
+    for *moment, sentence in MOMENTS:
+        start = time.monotonic()
+        done = train(folder, torchrun=whole.torchrun, moment=moment, resume=True)
+        # The one that stands still is killed half a minute after the other has ended.
+        assert time.monotonic() - start < whole.seconds + TIMEOUT + 45
+        assert not done.ended_well and sentence in done.said, (moment, done.said)
+        if moment[2] == "a mistake":
+            assert "KeyError: 'a mistake in the code'" in done.said
+        elif not whole.torchrun:  # which has a traceback of its own
+            assert "Traceback" not in done.said, (moment, done.said)
+    done = train(folder, torchrun=whole.torchrun, resume=True)
+    assert done.ended_well and "start 11" in done.said, done.said
+    assert_equal(outcome(folder), whole.outcome)
+
+
+@pytest.mark.long
+def test_so_do_two_machines_without_a_common_disk(whole, tmp_path):
+    folders = make(tmp_path / "first", tmp_path / "second")
+    moment, sentence = MOMENTS[0][:3], MOMENTS[0][3]
+    done = train(*folders, torchrun=whole.torchrun, moment=moment)
+    assert not done.ended_well and sentence in done.said, done.said
+    assert not (folders[1] / "output" / "last_checkpoint").exists()
+    done = train(*folders, torchrun=whole.torchrun, resume=True)
+    assert done.ended_well and done.said.count("start 3") == 2, done.said
+    assert_equal(outcome(folders[0]), whole.outcome)

@@ -1,12 +1,16 @@
 """SIGTERM, the end of the time and a full disk, in the middle of a training."""
 
 import argparse
+import glob
+import json
 import os
 import resource
 import signal
+import time
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sssd.engine import CheckpointError, Trainer
 from sssd.engine.scripts import argument_parser, duration
@@ -125,6 +129,74 @@ def test_times(text, seconds):
 def test_what_is_no_time_is_said(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r} is no time"):
         duration(text)
+
+
+def test_an_evaluation_of_averaged_weights_is_broken_off_with_the_trained_ones(cfg):
+    cfg.MODEL.SSSD.AVERAGING.DECAY = 0.9
+    trainer = Trainer(cfg)
+    model, evaluated = trainer.checkpointer.model, {}
+
+    def test(*args):
+        evaluated.update({key: value.clone() for key, value in model.state_dict().items()})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.test = test  # first with the average in place
+    with pytest.raises(SystemExit):
+        trainer.train()
+    checkpoint = saved(cfg, "model_interrupted.pth")
+    for key, value in model.state_dict().items():
+        assert torch.equal(checkpoint["model"][key], value), key
+        assert torch.equal(checkpoint["averaged"][key], evaluated[key]), key
+    assert any(not torch.equal(checkpoint["model"][key], x) for key, x in evaluated.items())
+
+
+def test_what_breaks_an_evaluation_costs_no_iteration(cfg):
+    trainer = Trainer(cfg)
+
+    def test(*args):
+        raise KeyError("an evaluator with a bug")
+
+    trainer.test = test
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert saved(cfg, "model_interrupted.pth")["iteration"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_tensorboard_cannot_write_in_the_end_is_said(cfg, monkeypatch):
+    trainer = Trainer(cfg)
+    write = RecordWriter.write
+
+    def write_slowly(*args):
+        time.sleep(0.2)
+        write(*args)
+
+    def test(*args):
+        if trainer.iter == 4:
+            (path,) = glob.glob(os.path.join(cfg.OUTPUT_DIR, "events*"))
+            os.remove(path)
+            os.symlink("/dev/full", path)
+            monkeypatch.setattr(RecordWriter, "write", write_slowly)
+        return {"bbox": {"AP": 1.0}}
+
+    trainer.test = test
+    sentence = r"TensorboardXWriter\) cannot be written .*: make room, and .* iteration 3, which is"
+    with pytest.raises(SystemExit, match=sentence):
+        trainer.train()
+    assert saved(cfg, "model_final.pth")["iteration"] == 3
+
+
+def test_a_longer_run_takes_away_the_line_in_which_the_run_before_was_killed(cfg):
+    Trainer(cfg).train()
+    path = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+    with open(path, "a") as f:
+        f.write('{"bbox/AP')
+    cfg.SOLVER.MAX_ITER = 6
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    with open(path) as f:
+        assert [json.loads(line)["iteration"] for line in f] == [3, 1, 4, 5, 6]
 
 
 def test_a_full_disk_is_a_sentence_and_harms_no_checkpoint(cfg):

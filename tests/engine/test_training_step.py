@@ -9,7 +9,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from sssd.engine import Trainer, TrainingStep
+from sssd.engine import CheckpointError, Trainer, TrainingStep
 from sssd.losses import ShareController
 from tests.coco_files import register_coco
 from tests.detectors import tiny_config
@@ -110,6 +110,25 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_images(precision):
     with pytest.raises(FloatingPointError, match=sentence):
         run(step)
     assert_same(before, state(step))
+
+
+@pytest.mark.parametrize("full", ["the state", "the images"])
+def test_a_full_disk_does_not_hide_what_is_not_finite(full, tmp_path):
+    def save_last_good():
+        if full == "the state":
+            raise CheckpointError("The checkpoint x.pth cannot be written (full).")
+        (tmp_path / "not_finite.pth.part").symlink_to("/dev/full")
+        return str(tmp_path / "model_last_good.pth")
+
+    step = make([bad(INF)])
+    step.save_last_good = save_last_good
+    reason = {
+        "the state": r"x\.pth cannot be written \(full\)\. Lower",
+        "the images": r"last_good\.pth, but not the images \(.*not_finite\.pth cannot be written",
+    }
+    with pytest.raises(FloatingPointError, match=rf"in iteration 0: loss_b.*{reason[full]}"):
+        run(step)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_stops_although_the_loss_is():
