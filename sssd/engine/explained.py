@@ -36,6 +36,9 @@ _KEYS = {
     r"/meta_arch/": "MODEL",
 }
 
+# torch's, on a GPU and on the CPU.
+_NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+
 
 @contextmanager
 def explained(what: str, folder: str) -> Iterator[None]:
@@ -60,8 +63,7 @@ def explained(what: str, folder: str) -> Iterator[None]:
             with suppress(OSError), open(path, "w") as file:
                 traceback.print_exception(error, file=file)
         raise ConfigError(
-            f"{what} ({in_words(error)}): check {_keys(frames)} in the config; {path} has the "
-            "traceback."
+            f"{what} ({in_words(error)}): {_advice(error, frames)}; {path} has the traceback."
         ) from error
 
 
@@ -71,9 +73,11 @@ def _is_said(error: Exception, frames: traceback.StackSummary) -> bool:
     return ours or isinstance(error, CheckpointError | FloatingPointError | OSError)
 
 
-def _keys(frames: traceback.StackSummary) -> str:
+def _advice(error: Exception, frames: traceback.StackSummary) -> str:
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return "set MODEL.SSSD.SOLVER.BATCH_PARTS, or lower SOLVER.IMS_PER_BATCH or sizes in INPUT"
     for frame in reversed(frames):
         for pattern, keys in _KEYS.items():
             if re.search(pattern, frame.filename):
-                return keys
-    return "the keys that differ from a config that runs"
+                return f"check {keys} in the config"
+    return "compare the config with one that runs"

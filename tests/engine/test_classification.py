@@ -18,6 +18,7 @@ from sssd.classification import build_network
 from sssd.engine import (
     Checkpointer,
     CheckpointError,
+    ConfigError,
     ClassificationTrainer,
     TrainingStep,
     plan_stages,
@@ -175,7 +176,7 @@ def test_a_failed_step_leaves_the_student_as_the_one_that_learns(tmp_path, monke
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(TrainingStep, "run_step", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(ConfigError, match=r"out of memory.*set MODEL\.SSSD\.SOLVER\.BATCH_PARTS"):
         trainer.train()
     assert model.learner == 0
 

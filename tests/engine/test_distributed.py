@@ -14,19 +14,24 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from sssd.engine import hold_frozen_parameters
-from tests.detectors import tiny_config, training_input
+from tests.detectors import DETECTORS, build, losses_at, tiny_config, training_input
 from tests.ranks import join, run_two_ranks
 
 STEPS = 4
 
 
-def train_one_rank(rank, port, folder):
-    join(rank, port)
-    cfg = tiny_config(
+def configure(**options):
+    return tiny_config(
         "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 2, "MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 1,
         "MODEL.SSSD.PHASES.DISTILL_OFF_ITERS", 1, "SOLVER.MAX_ITER", STEPS,
         "MODEL.SSSD.COEFFICIENT.SCHEDULE", "share", "MODEL.SSSD.COEFFICIENT.VALUES", [0.0, 100.0],
+        **options,
     )  # fmt: skip
+
+
+def train_one_rank(rank, port, folder):
+    join(rank, port)
+    cfg = configure()
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -72,3 +77,17 @@ def test_the_backbone_trains_on_reduced_gradients_once_it_is_not_frozen(ranks):
 
 def test_both_processes_use_the_same_controlled_coefficient(ranks):
     assert ranks[0]["coefficient"] == ranks[1]["coefficient"]
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_no_parameter_of_any_detector_is_unused_in_any_phase(detector):
+    # DistributedDataParallel gives up on a parameter that the graph of an iteration does not reach.
+    model = build(configure(detector=detector))
+    for iteration in range(STEPS):
+        for counts in ((3, 1), (0, 2), (0, 0)):
+            batch = [training_input(n, seed=n, detector=detector) for n in counts]
+            losses, _ = losses_at(model, iteration, batch)
+            model.zero_grad()
+            sum(losses.values()).backward()
+            unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            assert not unused, (iteration, counts)

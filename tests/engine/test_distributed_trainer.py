@@ -30,6 +30,8 @@ from tests.coco_files import register_coco
 from tests.detectors import tiny_config, training_input
 from tests.ranks import join, run_two_ranks
 
+pytestmark = pytest.mark.long
+
 STEPS, LONGER = 6, 8
 FROZEN, UNDISTILLED, OFF = 2, 3, 1
 # Objects of the two processes in each iteration: on one of them only, on none, differently many.

@@ -166,7 +166,11 @@ def train_one_rank(rank, port, folder):
 
 @pytest.fixture(
     scope="module",
-    params=["faster_rcnn", "retinanet", pytest.param("fcos", marks=pytest.mark.long)],
+    params=[
+        "retinanet",
+        pytest.param("faster_rcnn", marks=pytest.mark.long),
+        pytest.param("fcos", marks=pytest.mark.long),
+    ],
 )
 def runs(request, tmp_path_factory):
     """One process with batches of four images, and two with two each."""

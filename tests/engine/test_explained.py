@@ -100,6 +100,20 @@ def test_sentences_of_the_package_pass_and_others_do_not(tmp_path):
         raise ValueError("something")
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (MemoryError(), "set MODEL.SSSD.SOLVER.BATCH_PARTS, or lower SOLVER.IMS_PER_BATCH"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "lower SOLVER.IMS_PER_BATCH"),
+        (RuntimeError("you tried to allocate 9 bytes: not enough memory"), "or sizes in INPUT"),
+        (KeyError("something"), "compare the config with one that runs"),
+    ],
+)
+def test_advice_where_no_key_is_known(tmp_path, error, advice):
+    with pytest.raises(ConfigError, match=advice), explained("What", str(tmp_path)):
+        raise error
+
+
 def test_a_folder_that_cannot_be_written_does_not_hide_the_error(tmp_path):
     with pytest.raises(ConfigError, match="What"), explained("What", str(tmp_path / "nowhere")):
         raise KeyError

@@ -87,7 +87,13 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("fault", "iteration", "what", "saved"),
     [
-        ("files", 5, "metrics.json cannot be written (File too large): make room", False),
+        pytest.param(
+            "files",
+            5,
+            "metrics.json cannot be written (File too large): make room",
+            False,
+            marks=long,
+        ),
         pytest.param("metrics", 5, f"metrics.json {FULL}", True, marks=long),
         pytest.param("tensorboard", 5, f" (TensorboardXWriter) {FULL}", True, marks=long),
         pytest.param("predictions", 7, f"inference {FULL}", True, marks=long),

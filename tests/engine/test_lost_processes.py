@@ -43,9 +43,9 @@ SILENT = "another one has not answered within 0:00:04 (Timed out waiting"
     ("what", "sentence"),
     [
         ("is killed", None),
-        ("fails", "another one has ended ("),
-        ("hangs", SILENT),
-        ("hangs in another group", SILENT),
+        pytest.param("fails", "another one has ended (", marks=pytest.mark.long),
+        pytest.param("hangs", SILENT, marks=pytest.mark.long),
+        pytest.param("hangs in another group", SILENT, marks=pytest.mark.long),
     ],
 )
 def test_the_other_process_ends_with_a_sentence(what, sentence, capfd, caplog):

@@ -94,5 +94,5 @@ def test_so_do_two_machines_without_a_common_disk(whole, tmp_path):
     assert not done.ended_well and sentence in done.said, done.said
     assert not (folders[1] / "output" / "last_checkpoint").exists()
     done = train(*folders, torchrun=whole.torchrun, resume=True)
-    assert done.ended_well and done.said.count("start 3") == 2, done.said
+    assert done.ended_well and done.said.count("start 4") == 2, done.said
     assert_equal(outcome(folders[0]), whole.outcome)
