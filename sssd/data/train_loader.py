@@ -309,4 +309,12 @@ def _workers_killed_at_exit() -> Iterator[None]:
     yield
     workers = [child for child in multiprocessing.active_children() if child not in before]
     if workers:
-        atexit.register(lambda: [worker.kill() for worker in workers if worker.is_alive()])
+        atexit.register(_kill, workers)
+
+
+def _kill(workers: Sequence[multiprocessing.Process]) -> None:
+    # torch's handler would raise an error for each of them, with a traceback behind the last word.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()

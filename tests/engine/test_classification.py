@@ -18,8 +18,8 @@ from sssd.classification import build_network
 from sssd.engine import (
     Checkpointer,
     CheckpointError,
-    ConfigError,
     ClassificationTrainer,
+    ConfigError,
     TrainingStep,
     plan_stages,
     run_stages,
