@@ -35,8 +35,9 @@ def metrics(output):
 def tensorboard(output):
     """TensorBoard's file, which is opened for each value, is full."""
     (path,) = glob.glob(os.path.join(output, "events.out.tfevents.*"))
-    os.rename(path, path + ".before")
-    os.symlink(FULL, path)
+    os.link(path, path + ".before")
+    os.symlink(FULL, path + ".full")
+    os.replace(path + ".full", path)  # at once: TensorBoard's thread makes a missing file
 
 
 def predictions(output):
