@@ -9,6 +9,7 @@ from .divergence import stable_root
 from .normalisation import NORMS
 from .pyramid import (
     DISTANCES,
+    Distance,
     Pyramid,
     check_choice,
     check_options,
@@ -116,7 +117,7 @@ class PyramidDistillation(nn.Module):
             and self.options["axis"] == "channel"
             and self.options["reduction"] == "element_mean"
         ):
-            return self._at_once(adapted, target, masks)
+            return self._at_once(chosen, adapted, target, masks)
 
         def normalise(maps: Pyramid) -> dict[str, Tensor]:
             return {
@@ -127,10 +128,14 @@ class PyramidDistillation(nn.Module):
         return pyramid_distance(normalise(adapted), normalise(target), masks=masks, **self.options)
 
     def _at_once(
-        self, adapted: Pyramid, target: Pyramid, masks: Mapping[str, Tensor] | None
+        self,
+        chosen: Distance,
+        adapted: Pyramid,
+        target: Pyramid,
+        masks: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """The same, with normalisation and divergence in one."""
-        chosen, levels = DISTANCES[self.options["distance"]], {}
+        levels = {}
         for level, x in adapted.items():
             mask = None if masks is None else masks[level]
             nats = chosen.of_unnormalised(

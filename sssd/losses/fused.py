@@ -69,16 +69,16 @@ class _NormalisedJS(torch.autograd.Function):
     ) -> Tensor:
         ctx.shape = student.shape
         student, teacher = student.flatten(2), teacher.flatten(2)
-        mask = None if mask is None else mask.flatten(1)
-        statistics = [_statistics(x, mask, across_channels, eps) for x in (student, teacher)]
+        padded = None if mask is None else ~mask.flatten(1)
+        statistics = [_statistics(x, padded, across_channels, eps) for x in (student, teacher)]
         total = statistics[0].mean.new_zeros(())
         for image, cells in _pieces(student):
-            x = _normalised(student, mask, statistics[0], image, cells)
-            y = _normalised(teacher, mask, statistics[1], image, cells)
+            x = _piece(student, padded, image, cells, *statistics[0])
+            y = _piece(teacher, padded, image, cells, *statistics[1])
             p, q, log_p_to_mean, ratio = _terms(x, y, temperature)
             # log(q / m) = log(p / m) - log(p / q)
             total += p.mul_(log_p_to_mean).sum() + q.mul_(log_p_to_mean.sub_(ratio)).sum()
-        ctx.save_for_backward(student, teacher, mask, *statistics[0], *statistics[1])
+        ctx.save_for_backward(student, teacher, padded, *statistics[0], *statistics[1])
         ctx.across_channels, ctx.temperature = across_channels, temperature
         # Rounding can leave a sum of near-equal terms a hair below 0.
         return (total / 2).clamp(min=0)
@@ -86,15 +86,15 @@ class _NormalisedJS(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, mask, *statistics = ctx.saved_tensors
+        student, teacher, padded, *statistics = ctx.saved_tensors
         of_student, of_teacher = _Statistics(*statistics[:2]), _Statistics(*statistics[2:])
         # Gradient of the divergence of a position, by its normalised logits x:
         # p (log(p / m) - sum_c p log(p / m)) / (2 T).
         gradient = torch.empty_like(student, dtype=of_student.mean.dtype)
         mean, mean_with_x = (torch.zeros_like(of_student.mean) for _ in range(2))
         for image, cells in _pieces(student):
-            x = _normalised(student, mask, of_student, image, cells)
-            y = _normalised(teacher, mask, of_teacher, image, cells)
+            x = _piece(student, padded, image, cells, *of_student)
+            y = _piece(teacher, padded, image, cells, *of_teacher)
             p, _, log_p_to_mean, _ = _terms(x, y, ctx.temperature)
             log_p_to_mean -= (p * log_p_to_mean).sum(0)
             piece = torch.mul(p, log_p_to_mean, out=p)
@@ -102,19 +102,19 @@ class _NormalisedJS(torch.autograd.Function):
             mean[image, :, 0] += piece.sum(1)
             mean_with_x[image, :, 0] += piece.mul_(x).sum(1)
         # And through the normalisation: mean and variance depend on every cell.
-        count = _count(student, mask, ctx.across_channels)
+        count = _count(student, padded, ctx.across_channels)
         for total in (mean, mean_with_x):
             if ctx.across_channels:
                 total[:] = total.sum(1, keepdim=True)
             total /= count
         scale = of_student.scale * (grad_output / (2 * ctx.temperature))
         for image, cells in _pieces(student):
-            x = _normalised(student, mask, of_student, image, cells)
+            x = _piece(student, padded, image, cells, *of_student)
             piece = gradient[image, :, cells]
             piece -= x.mul_(mean_with_x[image]).add_(mean[image])
             piece *= scale[image]
-            if mask is not None:
-                piece.masked_fill_(~mask[image, cells], 0)
+            if padded is not None:
+                piece.masked_fill_(padded[image, cells], 0)
         gradient = gradient.reshape(ctx.shape).to(student.dtype)
         return gradient, None, None, None, None, None
 
@@ -138,28 +138,33 @@ def _terms(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor, Te
     return p.exp_(), q.exp_(), log_p_to_mean, ratio
 
 
-def _piece(maps: Tensor, mask: Tensor | None, image: int, cells: slice) -> Tensor:
-    """A copy of (C, cells), float32 or wider, 0 in padded cells."""
+def _piece(
+    maps: Tensor,
+    padded: Tensor | None,
+    image: int,
+    cells: slice,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """A copy of (C, cells), float32 or wider, less the mean and scaled, and 0 in padded cells.
+
+    With zeros on both sides, the distributions there are the same.
+    """
     piece = maps[image, :, cells]
     piece = piece.clone() if piece.dtype == torch.float64 else piece.to(torch.float32, copy=True)
-    return piece if mask is None else piece.masked_fill_(~mask[image, cells], 0)
-
-
-def _normalised(
-    maps: Tensor, mask: Tensor | None, statistics: _Statistics, image: int, cells: slice
-) -> Tensor:
-    piece = _piece(maps, mask, image, cells)
-    piece = piece.sub_(statistics.mean[image]).mul_(statistics.scale[image])
-    # In padded cells both maps are 0, and the distributions the same.
-    return piece if mask is None else piece.masked_fill_(~mask[image, cells], 0)
+    if mean is not None:
+        piece.sub_(mean[image])
+    if scale is not None:
+        piece.mul_(scale[image])
+    return piece if padded is None else piece.masked_fill_(padded[image, cells], 0)
 
 
 def _statistics(
-    maps: Tensor, mask: Tensor | None, across_channels: bool, eps: float
+    maps: Tensor, padded: Tensor | None, across_channels: bool, eps: float
 ) -> _Statistics:
     dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
     shape = (*maps.shape[:2], 1)
-    count = _count(maps, mask, across_channels)
+    count = _count(maps, padded, across_channels)
 
     def mean_over_pieces(function: Callable[[int, slice], Tensor]) -> Tensor:
         """Over all cells, and all channels if these are normalised together."""
@@ -170,20 +175,14 @@ def _statistics(
             total[:] = total.sum(1, keepdim=True)
         return total.div_(count)
 
-    mean = mean_over_pieces(lambda image, cells: _piece(maps, mask, image, cells).sum(1))
-
-    def squares(image: int, cells: slice) -> Tensor:
-        piece = _piece(maps, mask, image, cells).sub_(mean[image])
-        if mask is not None:
-            piece.masked_fill_(~mask[image, cells], 0)
-        return piece.square_().sum(1)
-
-    return _Statistics(mean, mean_over_pieces(squares).add_(eps).rsqrt_())
+    mean = mean_over_pieces(lambda *at: _piece(maps, padded, *at).sum(1))
+    variance = mean_over_pieces(lambda *at: _piece(maps, padded, *at, mean).square_().sum(1))
+    return _Statistics(mean, variance.add_(eps).rsqrt_())
 
 
-def _count(maps: Tensor, mask: Tensor | None, across_channels: bool) -> Tensor | int:
+def _count(maps: Tensor, padded: Tensor | None, across_channels: bool) -> Tensor | int:
     """Values that a mean is taken over: (N, 1, 1), or one number."""
     channels = maps.shape[1] if across_channels else 1
-    if mask is None:
+    if padded is None:
         return max(maps.shape[2] * channels, 1)
-    return mask.sum(1).clamp(min=1)[:, None, None] * channels
+    return (~padded).sum(1).clamp(min=1)[:, None, None] * channels
