@@ -54,10 +54,7 @@ def read_weights_file(path: str) -> Any:
                 return load_plain_pickle(file)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling raises all kinds
-            found = (
-                _GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
-            )
-            name = error.name if isinstance(error, CodeInPickleError) else found and found.group(1)
+            name = _code_in(error)
             if name:
                 raise CodeInWeightsError(
                     f"it holds {name}, and only tensors, arrays and plain containers are read, "
@@ -112,6 +109,14 @@ def _dict_of(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsFileError(f"it holds a {type(content).__name__} where a dict belongs")
     return content
+
+
+def _code_in(error: Exception) -> str | None:
+    """The name of what an unpickler refused to call."""
+    if isinstance(error, CodeInPickleError):
+        return error.name
+    of_torch = _GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return of_torch and of_torch.group(1)
 
 
 def _reason(error: Exception) -> str:

@@ -104,9 +104,12 @@ class Checkpointer(DetectionCheckpointer, _DataOnly):
             write_whole(os.path.join(self.save_dir, _ALL), lambda f: f.write(listed))
             write_whole(os.path.join(self.save_dir, _NEWEST), lambda f: f.write(file.encode()))
         except (OSError, RuntimeError) as error:  # of torch's writer
-            # torch's writer complains about its position, after the disk has said why.
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            reason = str(cause).strip().splitlines()[0]
+            of_disk = isinstance(error, OSError)
+            reason = (
+                f"[Errno {error.errno}] {error.strerror}"
+                if of_disk
+                else str(error).strip().splitlines()[0]
+            )
             raise CheckpointError(
                 f"The checkpoint {path} cannot be written ({reason}): make room, or set OUTPUT_DIR "
                 "to a folder that can be written, and go on with --resume from the checkpoint "

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -47,9 +47,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = default_config()
     if config_file:
         with PathManager.open(config_file) as file, _errors_of(f"The config {config_file}", cfg):
-            content = yaml.safe_load(file)
-            _check_size(content)
-            _check_shape(content, cfg)
+            _read_yaml(file, yaml.SafeLoader, cfg)
             cfg.merge_from_file(config_file, allow_unsafe=False)
     with _errors_of("The command line", cfg):
         cfg.merge_from_list(list(opts))
@@ -77,9 +75,7 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
     """
     if config_file.endswith((".yaml", ".yml")):
         with open(config_file) as file, _errors_of(f"The config {config_file}"):
-            content = yaml.load(file, Loader=_LazyLoader)
-            _check_size(content)
-            _check_shape(content)
+            content = _read_yaml(file, _LazyLoader)
             cfg = OmegaConf.create(content, flags={"allow_objects": True})
     else:
         cfg = LazyConfig.load(config_file)
@@ -114,6 +110,14 @@ for _way in ("object", "object/new"):
     _LazyLoader.add_constructor(
         f"tag:yaml.org,2002:python/{_way}:detectron2.layers.shape_spec.ShapeSpec", _shape_spec
     )
+
+
+def _read_yaml(file: IO[str], loader: type, cfg: CfgNode | None = None) -> dict[str, Any]:
+    """Keys and values, as many as fit; in sections where ``cfg`` has them."""
+    content = yaml.load(file, Loader=loader)
+    _check_size(content)
+    _check_shape(content, cfg)
+    return content
 
 
 def _check_shape(content: Any, cfg: CfgNode | None = None, name: str = "it") -> None:
@@ -184,10 +188,17 @@ def _misfit(error: Exception, cfg: CfgNode | None) -> str:
     return text.rstrip(".") or type(error).__name__
 
 
-def flat_keys(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """The values of a config by their full keys, such as "SOLVER.BASE_LR"."""
+def flat_keys(node: Any, prefix: str = "", whole: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a config by their full keys, such as "SOLVER.BASE_LR".
+
+    Args:
+        node: the config, or what is read from its file.
+        prefix: its own key.
+        whole: names of sections that are kept as one value.
+    """
+    if not isinstance(node, dict) or prefix.rpartition(".")[2] in whole:
+        return {prefix: node}
     flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        flat.update(flat_keys(value, name) if isinstance(value, CfgNode) else {name: value})
+    for key, value in node.items():
+        flat.update(flat_keys(value, f"{prefix}.{key}" if prefix else str(key), whole))
     return flat

@@ -9,7 +9,6 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..disk import naming
 from .averaging import AVERAGED
 from .checkpoint import Checkpointer
 from .config_file import load_config, load_lazy_config
@@ -77,8 +76,7 @@ def export_student(checkpoint: str, config_file: str, output: str, averaged: boo
     if isinstance(config, DictConfig):
         LazyConfig.save(OmegaConf.create({"model": config}, flags={"allow_objects": True}), path)
     else:
-        with naming(path):
-            write_whole(path, lambda file: file.write(config.dump().encode()))
+        write_whole(path, lambda file: file.write(config.dump().encode()))
     return path
 
 
@@ -100,5 +98,4 @@ def _save_weights(model: nn.Module, checkpoint: str, path: str, entry: str) -> N
     Checkpointer(model).load(checkpoint, checkpointables=[], whole=True, entry=entry)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     weights = {"model": {k: v.cpu() for k, v in model.state_dict().items()}}
-    with naming(path):
-        write_whole(path, lambda file: torch.save(weights, file))
+    write_whole(path, lambda file: torch.save(weights, file))

@@ -11,7 +11,6 @@ from detectron2.data import MetadataCatalog
 from ..classification.networks import load_network_weights
 from ..data import DatasetError
 from ..data.classification_mapper import build_transform
-from ..disk import naming
 from .files import write_whole
 from .trained_network import network_of
 
@@ -44,11 +43,9 @@ def export_classifier(checkpoint: str, cfg: CfgNode, output: str, entry: str = "
     load_network_weights(network, checkpoint, cfg.MODEL.SSSD.CLASSIFIER.NETWORK, entry)
     os.makedirs(output, exist_ok=True)
     weights, path = (os.path.join(output, name) for name in ("model.pth", "config.json"))
-    with naming(weights):
-        write_whole(weights, lambda file: torch.save(network.state_dict(), file))
+    write_whole(weights, lambda file: torch.save(network.state_dict(), file))
     text = json.dumps(_description(cfg), indent=2) + "\n"
-    with naming(path):
-        write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()))
     return path
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO
 
+from ..disk import naming
+
 __all__ = ["write_whole"]
 
 PART = ".part"
@@ -21,11 +23,11 @@ def write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
         write: takes the open file.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written, with the name of the file; nothing is left behind.
     """
     part = path + PART
     try:
-        with open(part, "wb") as file:
+        with naming(path), open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

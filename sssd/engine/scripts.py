@@ -10,6 +10,7 @@ from typing import Any
 
 from detectron2.engine import default_argument_parser
 
+from ..data.errors import last_word_of_worker
 from ..disk import complaint, is_of_a_file
 from .checkpoint import CheckpointError
 from .processes import launch
@@ -34,16 +35,14 @@ def user_errors() -> Iterator[None]:
     except OSError as error:
         if not is_of_a_file(error):
             raise
-        sys.exit(f"error: {_last_line(complaint(error))}.")
+        sys.exit(f"error: {_reason(complaint(error))}.")
     except USER_ERRORS as error:
-        sys.exit(f"error: {_last_line(str(error))}")
+        sys.exit(f"error: {_reason(str(error))}")
 
 
-def _last_line(message: str) -> str:
-    """Out of a loader's worker an error comes as the text of a traceback, which ends with it."""
-    if not message.startswith("Caught "):
-        return message
-    return message.strip().splitlines()[-1].partition(": ")[2]
+def _reason(message: str) -> str:
+    of_worker = last_word_of_worker(message)
+    return message if of_worker is None else of_worker.partition(": ")[2]
 
 
 def argument_parser() -> argparse.ArgumentParser:

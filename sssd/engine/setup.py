@@ -15,7 +15,7 @@ from ..meta_arch import SelfDistiller
 from ..meta_arch.build import student_num_classes
 from .checkpoint import CheckpointError
 from .config_check import check_values
-from .config_file import load_config
+from .config_file import flat_keys, load_config
 from .output import begin_output
 from .processes import on_main
 
@@ -29,6 +29,8 @@ _FREE_ON_RESUME = (
     "MODEL.DEVICE",
     "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH",
 )
+# Their keys are free, so that they are compared as a whole.
+_FREE_SECTIONS = ("NETWORK_OPTIONS",)
 
 
 def setup(args: Any, change: Callable[[CfgNode], CfgNode] | None = None) -> CfgNode:
@@ -78,8 +80,8 @@ def check_resumed_config(cfg: CfgNode) -> None:
     if not begun or not os.path.isfile(path):
         return
     with open(path) as f:
-        before = _flatten(yaml.safe_load(f))
-    now = _flatten(yaml.safe_load(cfg.dump()))
+        before = flat_keys(yaml.safe_load(f), whole=_FREE_SECTIONS)
+    now = flat_keys(yaml.safe_load(cfg.dump()), whole=_FREE_SECTIONS)
     changed = [
         key
         for key in before.keys() & now.keys()  # two versions of Detectron2 have different keys
@@ -137,13 +139,3 @@ def _changes(schedule: Any, phases: Any) -> list[int]:
     if "max_iter" in settings:
         return [0, phases.max_iter - 1]
     return [0]
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    # The keys of NETWORK_OPTIONS are free, so that it is compared as a whole.
-    if not isinstance(node, dict) or prefix.endswith(".NETWORK_OPTIONS"):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

@@ -12,7 +12,6 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from ..disk import naming
 from ..evaluation.ensemble import NetworkEnsemble
 from .checkpoint import Checkpointer, set_earlier_run_aside
 from .classification import (
@@ -155,5 +154,4 @@ def _write(path: str, results: Mapping[str, Any]) -> None:
 
 
 def _write_whole(path: str, text: str) -> None:
-    with naming(path):
-        write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()))

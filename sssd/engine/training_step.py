@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from ..disk import complaint, naming
+from ..disk import complaint
 from ..losses import ShareController
 from .checkpoint import CheckpointError
 from .files import write_whole
@@ -206,8 +206,7 @@ class TrainingStep(SimpleTrainer):
         try:
             path = self.save_last_good()
             dump = os.path.join(os.path.dirname(path), f"not_finite{rank}.pth")
-            with naming(dump):
-                write_whole(dump, lambda file: torch.save(plain, file))
+            write_whole(dump, lambda file: torch.save(plain, file))
             saved = (
                 f"The state before is saved as {path}, the images with what is annotated as "
                 f"{dump}; --resume repeats the iteration."
