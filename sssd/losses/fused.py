@@ -1,18 +1,19 @@
 """Jensen-Shannon divergence of normalised maps over channels, in few passes over memory.
 
-Normalisation, softmax and divergence of a piece are computed while it is in the processor's cache,
-and once more in the backward pass, for which nothing is kept but the two maps. The function is that
-of :mod:`sssd.losses.normalisation` followed by :func:`sssd.losses.js_divergence`.
+Normalisation, softmax, divergence and its gradient are computed piece by piece, while a piece is in
+the processor's cache. The function is that of :mod:`sssd.losses.normalisation` followed by
+:func:`sssd.losses.js_divergence`.
+
+With m = (p + q) / 2 and d = (p - q) / (p + q), the divergence of two distributions is
+``sum p log(p/m) + q log(q/m)`` / 2 with p/m = 1 + d and q/m = 1 - d: two exponentials and two
+logarithms for each pair of values, and exactly 0 where p = q.
 
 N: images, C: channels, L: cells of a level.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -49,13 +50,6 @@ def normalised_js_divergence(
     return _NormalisedJS.apply(student, teacher, mask, across_channels, temperature, eps)
 
 
-class _Statistics(NamedTuple):
-    """Of each channel of each image, (N, C, 1); float32 or wider."""
-
-    mean: Tensor
-    scale: Tensor  # 1 / standard deviation
-
-
 class _NormalisedJS(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -69,120 +63,106 @@ class _NormalisedJS(torch.autograd.Function):
     ) -> Tensor:
         ctx.shape = student.shape
         student, teacher = student.flatten(2), teacher.flatten(2)
-        padded = None if mask is None else ~mask.flatten(1)
-        statistics = [_statistics(x, padded, across_channels, eps) for x in (student, teacher)]
-        total = statistics[0].mean.new_zeros(())
-        for image, cells in _pieces(student):
-            x = _piece(student, padded, image, cells, *statistics[0])
-            y = _piece(teacher, padded, image, cells, *statistics[1])
-            p, q, log_p_to_mean, ratio = _terms(x, y, temperature)
-            # log(q / m) = log(p / m) - log(p / q)
-            total += p.mul_(log_p_to_mean).sum() + q.mul_(log_p_to_mean.sub_(ratio)).sum()
-        ctx.save_for_backward(student, teacher, padded, *statistics[0], *statistics[1])
-        ctx.across_channels, ctx.temperature = across_channels, temperature
+        pieces = _pieces(student, mask)
+        mean, scale = _statistics(student, pieces, across_channels, temperature, eps)
+        of_teacher = _statistics(teacher, pieces, across_channels, temperature, eps)
+        total = mean.new_zeros(())
+        gradient = sums = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.zeros_like(student, dtype=mean.dtype)
+            sums = mean.new_zeros(2, *mean.shape)
+        for image, cells in pieces:
+            x = _logits(student, image, cells, mean, scale)
+            p, q = x.softmax(0), _logits(teacher, image, cells, *of_teacher).softmax(0)
+            of_p, of_q = _logs_to_mean(p, q)
+            of_p *= p
+            sum_of_p = of_p.sum(0)
+            total += (sum_of_p + of_q.mul_(q).sum(0)).sum()
+            if gradient is not None:
+                # By the logits: p (log(p / m) - sum_c p log(p / m)) / 2.
+                piece = of_p.addcmul_(p, sum_of_p, value=-1)
+                gradient[image][:, cells] = piece
+                sums[0, image, :, 0] += piece.sum(1)
+                sums[1, image, :, 0] += piece.mul_(x).sum(1)
+        ctx.save_for_backward(student, gradient, sums, mean, scale)
+        ctx.pieces, ctx.across_channels, ctx.temperature = pieces, across_channels, temperature
         # Rounding can leave a sum of near-equal terms a hair below 0.
         return (total / 2).clamp(min=0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, padded, *statistics = ctx.saved_tensors
-        of_student, of_teacher = _Statistics(*statistics[:2]), _Statistics(*statistics[2:])
-        # Gradient of the divergence of a position, by its normalised logits x:
-        # p (log(p / m) - sum_c p log(p / m)) / (2 T).
-        gradient = torch.empty_like(student, dtype=of_student.mean.dtype)
-        mean, mean_with_x = (torch.zeros_like(of_student.mean) for _ in range(2))
-        for image, cells in _pieces(student):
-            x = _piece(student, padded, image, cells, *of_student)
-            y = _piece(teacher, padded, image, cells, *of_teacher)
-            p, _, log_p_to_mean, _ = _terms(x, y, ctx.temperature)
-            log_p_to_mean -= (p * log_p_to_mean).sum(0)
-            piece = torch.mul(p, log_p_to_mean, out=p)
-            gradient[image, :, cells] = piece
-            mean[image, :, 0] += piece.sum(1)
-            mean_with_x[image, :, 0] += piece.mul_(x).sum(1)
-        # And through the normalisation: mean and variance depend on every cell.
-        count = _count(student, padded, ctx.across_channels)
-        for total in (mean, mean_with_x):
-            if ctx.across_channels:
-                total[:] = total.sum(1, keepdim=True)
-            total /= count
-        scale = of_student.scale * (grad_output / (2 * ctx.temperature))
-        for image, cells in _pieces(student):
-            x = _piece(student, padded, image, cells, *of_student)
-            piece = gradient[image, :, cells]
-            piece -= x.mul_(mean_with_x[image]).add_(mean[image])
-            piece *= scale[image]
-            if padded is not None:
-                piece.masked_fill_(padded[image, cells], 0)
-        gradient = gradient.reshape(ctx.shape).to(student.dtype)
-        return gradient, None, None, None, None, None
+        student, gradient, sums, mean, scale = ctx.saved_tensors
+        # Through the normalisation: mean and variance depend on every cell.
+        of_gradient, with_logits = _mean_over_cells(sums, ctx.pieces, ctx.across_channels)
+        with_logits = with_logits * ctx.temperature**2
+        result = torch.zeros_like(student)
+        for image, cells in ctx.pieces:
+            x = _logits(student, image, cells, mean, scale)
+            x = x.mul_(with_logits[image]).add_(of_gradient[image])
+            x = torch.sub(gradient[image][:, cells], x, out=x).mul_(scale[image])
+            result[image][:, cells] = x.mul_(grad_output / 2).to(result.dtype)
+        return result.reshape(ctx.shape), None, None, None, None, None
 
 
-def _pieces(maps: Tensor) -> Iterator[tuple[int, slice]]:
-    """Image and cells of each piece of (N, C, L) maps."""
+Pieces = list[tuple[int, slice | Tensor]]
+"""Image and cells of each piece: a range, or indices where some cells are padded."""
+
+
+def _pieces(maps: Tensor, mask: Tensor | None) -> Pieces:
+    """Cuts the cells of (N, C, L) maps into pieces; padded ones are in none."""
     num_images, channels, num_cells = maps.shape
     step = max(_PIECE // max(channels, 1), 1)
+    pieces: Pieces = []
     for image in range(num_images):
-        for start in range(0, num_cells, step):
-            yield image, slice(start, start + step)
+        if mask is None or mask[image].all():
+            starts = range(0, num_cells, step)
+            pieces += [(image, slice(start, min(start + step, num_cells))) for start in starts]
+        else:
+            cells = mask[image].flatten().nonzero()[:, 0]
+            pieces += [(image, part) for part in cells.split(step) if len(part)]
+    return pieces
 
 
-def _terms(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p, q, log(p / m) and log(p / q) for the logits of a piece, (C, cells) each."""
-    p = F.log_softmax(x / temperature if temperature != 1 else x, dim=0)
-    q = F.log_softmax(y / temperature if temperature != 1 else y, dim=0)
-    ratio = p - q
-    # p / m = 2 p / (p + q) = 2 sigmoid(log p - log q), which is exactly 1 where p = q.
-    log_p_to_mean = F.logsigmoid(ratio).add_(math.log(2))
-    return p.exp_(), q.exp_(), log_p_to_mean, ratio
+def _count(cells: slice | Tensor) -> int:
+    return cells.stop - cells.start if isinstance(cells, slice) else len(cells)
 
 
-def _piece(
-    maps: Tensor,
-    padded: Tensor | None,
-    image: int,
-    cells: slice,
-    mean: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """A copy of (C, cells), float32 or wider, less the mean and scaled, and 0 in padded cells.
-
-    With zeros on both sides, the distributions there are the same.
-    """
-    piece = maps[image, :, cells]
-    piece = piece.clone() if piece.dtype == torch.float64 else piece.to(torch.float32, copy=True)
-    if mean is not None:
-        piece.sub_(mean[image])
-    if scale is not None:
-        piece.mul_(scale[image])
-    return piece if padded is None else piece.masked_fill_(padded[image, cells], 0)
+def _logits(maps: Tensor, image: int, cells: slice | Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """(C, cells), float32 or wider: the normalised values of a piece over the temperature."""
+    return (maps[image][:, cells] - mean[image]).mul_(scale[image])
 
 
 def _statistics(
-    maps: Tensor, padded: Tensor | None, across_channels: bool, eps: float
-) -> _Statistics:
+    maps: Tensor, pieces: Pieces, across_channels: bool, temperature: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(N, C, 1) each, float32 or wider: mean, and the factor that makes logits of the rest."""
     dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
-    shape = (*maps.shape[:2], 1)
-    count = _count(maps, padded, across_channels)
-
-    def mean_over_pieces(function: Callable[[int, slice], Tensor]) -> Tensor:
-        """Over all cells, and all channels if these are normalised together."""
-        total = torch.zeros(shape, dtype=dtype, device=maps.device)
-        for image, cells in _pieces(maps):
-            total[image, :, 0] += function(image, cells)
-        if across_channels:
-            total[:] = total.sum(1, keepdim=True)
-        return total.div_(count)
-
-    mean = mean_over_pieces(lambda *at: _piece(maps, padded, *at).sum(1))
-    variance = mean_over_pieces(lambda *at: _piece(maps, padded, *at, mean).square_().sum(1))
-    return _Statistics(mean, variance.add_(eps).rsqrt_())
+    sums = torch.zeros(*maps.shape[:2], 1, dtype=dtype)
+    for image, cells in pieces:
+        sums[image, :, 0] += maps[image][:, cells].sum(1, dtype=dtype)
+    mean = _mean_over_cells(sums, pieces, across_channels)
+    sums = torch.zeros_like(sums)
+    for image, cells in pieces:
+        sums[image, :, 0] += (maps[image][:, cells] - mean[image]).square_().sum(1)
+    variance = _mean_over_cells(sums, pieces, across_channels)
+    return mean, (variance + eps).rsqrt_() / temperature
 
 
-def _count(maps: Tensor, padded: Tensor | None, across_channels: bool) -> Tensor | int:
-    """Values that a mean is taken over: (N, 1, 1), or one number."""
-    channels = maps.shape[1] if across_channels else 1
-    if padded is None:
-        return max(maps.shape[2] * channels, 1)
-    return (~padded).sum(1).clamp(min=1)[:, None, None] * channels
+def _mean_over_cells(sums: Tensor, pieces: Pieces, across_channels: bool) -> Tensor:
+    """Sums (..., N, C, 1) over an image's cells to means over them, or over channels as well."""
+    counts = [0] * sums.shape[-3]
+    for image, cells in pieces:
+        counts[image] += _count(cells)
+    if across_channels:
+        sums = sums.mean(-2, keepdim=True).expand_as(sums)
+    return sums / sums.new_tensor(counts).clamp(min=1)[:, None, None]
+
+
+def _logs_to_mean(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """log(p / m) and log(q / m)."""
+    # The least numbers keep 0 / 0 at 0, and what is only in one of the two at a finite logarithm.
+    finfo = torch.finfo(p.dtype)
+    relative = (p - q).div_((p + q).add_(finfo.tiny)).clamp_(finfo.eps - 1, 1 - finfo.eps)
+    of_p = relative.log1p()
+    return of_p, relative.neg_().log1p_()

@@ -115,7 +115,7 @@ def test_what_is_infinite_shows():
     assert normalised_js_divergence(student, teacher).isnan()
 
 
-def test_nothing_but_the_two_maps_is_kept_for_backward():
+def test_nothing_but_the_map_and_one_more_is_kept_for_backward():
     student, teacher, mask = maps((2, 16, 32, 32), dtype=torch.float32)
     kept = {}
 
@@ -125,8 +125,16 @@ def test_nothing_but_the_two_maps_is_kept_for_backward():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         normalised_js_divergence(student, teacher, mask)
-    large = {pointer for pointer, size in kept.items() if size > student.numel() * 4 // 8}
-    assert large == {student.data_ptr(), teacher.data_ptr()}
+    large = [pointer for pointer, size in kept.items() if size > student.numel() * 4 // 8]
+    assert student.data_ptr() in large and len(large) == 2  # the other is the gradient
+    assert sum(kept.values()) < 2.1 * student.numel() * 4
+
+
+def test_without_a_gradient_nothing_is_kept():
+    student, teacher, mask = maps((2, 16, 32, 32), dtype=torch.float32)
+    with torch.no_grad():
+        value = normalised_js_divergence(student, teacher, mask)
+    assert value.item() == normalised_js_divergence(student, teacher, mask).item()
 
 
 @pytest.mark.parametrize("norm", NORMS)
