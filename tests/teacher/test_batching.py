@@ -166,10 +166,17 @@ class CountOperations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_python_work_for_each_image_or_object():
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [(2, 2), (4, 2), (3, 3, 0, 1, 4, 2)],  # few objects for the width of 16,
+        [(5, 2), (9, 7), (40, 3, 0, 1, 7, 2)],  # and many: these are painted first
+    ],
+)
+def test_no_python_work_for_each_image_or_object(batches):
     teacher = small_teacher(add_context_box=True)
     counts = []
-    for per_image in [(2, 2), (5, 2), (40, 3, 0, 1, 7, 2)]:
+    for per_image in batches:
         sizes = [(64, 96)] * len(per_image)
         features, objects = pyramid(len(per_image)), scene(*per_image, sizes=sizes)
         with CountOperations() as operations:

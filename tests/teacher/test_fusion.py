@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sssd.teacher.fusion import MapPainter, RelationAdapter, paint
+from sssd.teacher import fusion
+from sssd.teacher.fusion import MapPainter, RelationAdapter, paint, paint_and_convolve
 from sssd.teacher.objects import object_cells
 from tests.teacher.scenes import reference_painting, scene
 
@@ -151,6 +152,37 @@ def test_painting_gradients():
     cells = torch.rand(2, 3, 2, 3, generator=torch.Generator().manual_seed(0)) > 0.5
     cells[1, 2] = False
     assert torch.autograd.gradcheck(lambda x: paint(x, cells), values)
+
+
+@pytest.mark.parametrize("num_objects", [1, 3, 4, 5, 40])  # up to 4 of a width of 16 are few
+def test_convolving_what_is_painted_without_painting_it(num_objects):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(16, 6, 3, padding=1).double()
+    values = torch.randn(3, num_objects, 16, dtype=torch.float64, requires_grad=True)
+    objects = scene(num_objects, num_objects // 2, 0)
+    cells = object_cells(objects, (10, 12), 8)
+    inputs = (values, *convolution.parameters())
+    weight = torch.randn(3, 6, 10, 12, dtype=torch.float64)
+
+    convolved = paint_and_convolve(values, cells, convolution)
+    expected = convolution(paint(values, cells))
+    torch.testing.assert_close(convolved, expected, atol=1e-13, rtol=1e-12)
+    gradients = torch.autograd.grad((convolved * weight).sum(), inputs)
+    of_expected = torch.autograd.grad((expected * weight).sum(), inputs)
+    for gradient, other in zip(gradients, of_expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(("num_objects", "paints"), [(64, False), (65, True)])
+def test_the_painted_map_is_made_for_many_objects_only(num_objects, paints, monkeypatch):
+    painted = []
+    monkeypatch.setattr(fusion, "paint", lambda *x: painted.append(x) or paint(*x))
+    paint_and_convolve(
+        torch.zeros(1, num_objects, 256),
+        torch.zeros(1, num_objects, 2, 2, dtype=torch.bool),
+        torch.nn.Conv2d(256, 4, 3, padding=1),
+    )
+    assert bool(painted) == paints
 
 
 @pytest.mark.parametrize("with_context", [False, True])
