@@ -35,6 +35,8 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.TEACHER.WEIGHTS = ""
     # Factor on the detection losses of the teacher's pass.
     cfg.MODEL.SSSD.TEACHER.LOSS_WEIGHT = 1.0
+    # Fraction of MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE that the teacher's pass samples.
+    cfg.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
     # Width of the object embeddings; 0 for the pyramid's width.
     cfg.MODEL.SSSD.TEACHER.EMBED_DIM = 0
     # Attention heads among the objects of an image.
@@ -109,6 +111,9 @@ def add_sssd_config(cfg: CN) -> None:
     # Read the three numbers above as for a run of 180000 iterations and scale them to
     # SOLVER.MAX_ITER.
     cfg.MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER = False
+    # Every how many iterations the teacher takes part. There its losses and the distance count as
+    # many times; the other iterations are those of the plain detector, at its price. Not scaled.
+    cfg.MODEL.SSSD.PHASES.PERIOD = 1
 
     # ---- Where the teacher's optimizer settings differ (LGD trains it with an optimizer of its
     # own, with the same values in its ResNet configs) ----

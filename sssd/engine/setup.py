@@ -122,10 +122,11 @@ def describe_distillation(model: SelfDistiller) -> str:
             f"{model.schedule(i):g} from iteration {i}" for i in _changes(model.schedule, phases)
         )
     frozen = phases.freeze_backbone_iters
+    seldom = f"teacher in every {phases.period}th iteration, " if phases.period > 1 else ""
     return (
         f"Self-distillation of {type(model.student).__name__}: levels "
         f"{', '.join(model.teacher.strides)}, distance {options['distance']} "
-        f"({options['axis']}, {options['reduction']}), gradient to the student in iterations "
+        f"({options['axis']}, {options['reduction']}), {seldom}gradient to the student in iterations "
         f"{min(first, last)} to {last} of {phases.max_iter}, coefficient {coefficient}, "
         + (f"backbone frozen until iteration {frozen}." if frozen else "backbone never frozen.")
     )

@@ -9,15 +9,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.structures import Boxes, Instances, RotatedBoxes
 from torch import Tensor, nn
 
 __all__ = [
     "AnchorMatching",
     "captured_pyramid",
+    "fewer_rois",
     "forked_random_state",
     "frozen",
     "in_evaluation_mode",
+    "replaced_forward",
     "replayed_pyramid",
 ]
 
@@ -58,10 +61,24 @@ def replayed_pyramid(student: nn.Module, pyramid: Mapping[str, Tensor]) -> Itera
     heads = [module for module in student.modules() if module not in inside]
     with ExitStack() as stack:
         stack.enter_context(_kept_state(heads))
-        stack.enter_context(_replaced_forward(backbone, lambda *args, **kwargs: pyramid))
+        stack.enter_context(replaced_forward(backbone, lambda *args, **kwargs: pyramid))
         for module in heads:
             if getattr(module, "vis_period", 0):
                 module.vis_period = 0
+        yield
+
+
+@contextmanager
+def fewer_rois(student: nn.Module, fraction: float) -> Iterator[None]:
+    """The student's RoI heads sample that fraction of their regions of interest, but at least one.
+
+    How many of them show objects is in proportion, as the heads have it.
+    """
+    with ExitStack() as stack:
+        for heads in student.modules():
+            if isinstance(heads, ROIHeads):
+                count = max(round(fraction * heads.batch_size_per_image), 1)
+                stack.enter_context(_attribute(heads, "batch_size_per_image", count))
         yield
 
 
@@ -152,7 +169,7 @@ def frozen(module: nn.Module, is_frozen: bool = True) -> Iterator[None]:
         with in_evaluation_mode(module), torch.no_grad():
             return forward(*args, **kwargs)
 
-    with _replaced_forward(module, forward_frozen):
+    with replaced_forward(module, forward_frozen):
         yield
 
 
@@ -181,7 +198,8 @@ def forked_random_state(device: torch.device | None = None):
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """``module`` computes ``forward`` instead of its own."""
     with _attribute(module, "forward", forward):
         yield
 

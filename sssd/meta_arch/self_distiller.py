@@ -1,6 +1,6 @@
 """Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,16 @@ from .ground_truth import ground_truth_objects
 from .passes import (
     AnchorMatching,
     captured_pyramid,
+    fewer_rois,
     forked_random_state,
     frozen,
     replayed_pyramid,
 )
 from .phases import Phases
+from .pooling import pooled_over_cells
 from .student_wrapper import StudentWrapper
 
-__all__ = ["SelfDistiller", "distill"]
+__all__ = ["SelfDistiller"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -63,6 +65,7 @@ class SelfDistiller(StudentWrapper):
         coefficient: Callable[[int], float] | ShareController,
         phases: Phases,
         teacher_loss_weight: float = 1.0,
+        teacher_roi_fraction: float = 1.0,
     ) -> None:
         """
         Args:
@@ -70,10 +73,17 @@ class SelfDistiller(StudentWrapper):
             teacher: makes the second pyramid (see :mod:`sssd.meta_arch.teachers`).
             distillation: raw distance between the pyramids.
             coefficient: iteration -> weight of the distance, or a controller of its share.
-            phases: when the student learns from the distance, when its backbone is frozen.
+            phases: when the teacher takes part and the student learns from the distance, when its
+                backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
+            teacher_roi_fraction: fraction of the student's RoIs that the teacher's pass samples.
         """
         super().__init__()
+        if not 0 < teacher_roi_fraction <= 1:
+            raise ValueError(
+                "MODEL.SSSD.TEACHER.ROI_FRACTION must be above 0 and at most 1, got "
+                f"{teacher_roi_fraction}."
+            )
         weights = distillation.options["level_weights"]
         if weights and len(weights) != len(teacher.strides):
             raise ValueError(
@@ -91,6 +101,7 @@ class SelfDistiller(StudentWrapper):
             self.schedule = coefficient
         self.phases = phases
         self.teacher_loss_weight = teacher_loss_weight
+        self.teacher_roi_fraction = teacher_roi_fraction
         # Raw distance and coefficient of the last training call, without gradient, for the log.
         self.last_distance: Tensor | None = None
         self.last_coefficient: Tensor | float | None = None
@@ -100,13 +111,14 @@ class SelfDistiller(StudentWrapper):
         keys = cfg.MODEL.SSSD
         student = build_student(cfg)
         teacher, distance = _options(keys.TEACHER), _options(keys.DISTANCE)
-        loss_weight, _ = teacher.pop("loss_weight"), teacher.pop("weights")
+        of_pass = {f"teacher_{key}": teacher.pop(key) for key in ("loss_weight", "roi_fraction")}
+        del teacher["weights"]
         if teacher["name"] != "label_encoding":
             own = _options(keys.get(teacher["name"].upper(), {}))
             teacher = {"name": teacher["name"], "frozen": teacher["frozen"], **own}
         return {
             "student": student,
-            "teacher_loss_weight": loss_weight,
+            **of_pass,
             **build_training_parts(
                 student,
                 num_classes=keys.NUM_CLASSES,
@@ -126,14 +138,17 @@ class SelfDistiller(StudentWrapper):
         Returns:
             In evaluation, what the student returns. In training, a dict of scalar losses: the
             student's own under their own names, those of the teacher's pass with the prefix
-            "teacher_", and "loss_distill". Without gradients (PreciseBN's passes, a validation
-            loss) the student's own losses alone: there is nothing to teach.
+            "teacher_", and "loss_distill". The student's own losses alone in iterations without
+            the teacher, and without gradients (PreciseBN's passes, a validation loss): there is
+            nothing to teach.
         """
         _refuse_export()
         if not self.training or not torch.is_grad_enabled():
             return self.student(batched_inputs)
 
         iteration = get_event_storage().iter
+        if not self.phases.has_teacher(iteration):
+            return self._student_alone(batched_inputs, iteration)
         objects = ground_truth_objects(
             batched_inputs, self.teacher.num_classes, getattr(self.teacher, "mask_strides", None)
         )
@@ -172,10 +187,21 @@ class SelfDistiller(StudentWrapper):
         if coefficient is None:
             detection_loss = sum(losses.values()) + sum(teacher_losses.values())
             coefficient = self.training_parts["coefficient"](detection_loss, distance)
+        # What comes in every so many iterations counts as many times.
+        coefficient = coefficient * self.phases.period
         self.last_distance, self.last_coefficient = distance.detach(), coefficient
 
-        losses.update(teacher_losses)
+        losses.update({name: self.phases.period * x for name, x in teacher_losses.items()})
         losses["loss_distill"] = coefficient * distance + untouched
+        return losses
+
+    def _student_alone(self, batched_inputs: list[dict[str, Any]], iteration: int) -> dict:
+        """The losses of an iteration without the teacher."""
+        with frozen(self.bottom_up, self.phases.freezes_backbone(iteration)):
+            losses = dict(self.student(batched_inputs))
+        self.last_distance = None
+        name = next(iter(losses))
+        losses[name] = losses[name] + self.untouched(iteration)
         return losses
 
     @torch.no_grad()
@@ -218,7 +244,9 @@ class SelfDistiller(StudentWrapper):
         frozen = []
         if self.phases.freezes_backbone(iteration):
             frozen += self.bottom_up.parameters()
-        if self.schedule is not None and self.schedule(iteration) == 0:
+        if not self.phases.has_teacher(iteration):
+            frozen += self.training_parts.parameters()
+        elif self.schedule is not None and self.schedule(iteration) == 0:
             # Without a gradient, weight decay alone would move it.
             frozen += self.training_parts["distillation"].parameters()
         return [p for p in frozen if p.requires_grad]
@@ -229,6 +257,8 @@ class SelfDistiller(StudentWrapper):
         try:
             with (
                 replayed_pyramid(self.student, pyramid),
+                fewer_rois(self.student, self.teacher_roi_fraction),
+                pooled_over_cells(self.student),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.
                 EventStorage(storage.iter) as events,
@@ -270,50 +300,3 @@ def _refuse_export(scripting: bool = False) -> None:
             "SelfDistiller is for training and evaluation; to trace, script or export, write the "
             "stock detector with tools/export_student.py and give that to Detectron2's own tools."
         )
-
-
-def distill(
-    student: nn.Module,
-    *,
-    coefficient: Callable[[int], float] | ShareController,
-    phases: Phases,
-    num_classes: int = 0,
-    levels: Sequence[str] = (),
-    teacher: nn.Module | Mapping[str, Any] | None = None,
-    distance: Mapping[str, Any] | None = None,
-    teacher_loss_weight: float = 1.0,
-) -> SelfDistiller:
-    """Wraps a detector that is already built: for LazyConfig and for training loops of one's own.
-
-    With yacs, ``MODEL.META_ARCHITECTURE: "SelfDistiller"`` does the same.
-
-    Args:
-        student: any detector with a ``backbone`` that returns a dict of maps of equal width.
-        coefficient: iteration -> weight of the distance (:func:`sssd.losses.coefficient_schedule`),
-            or a controller of its share.
-        phases: when the student learns from the distance, when its backbone is frozen.
-        num_classes: classes of the ground truth; 0 for the student's own.
-        levels: names of the pyramid levels to distill; empty for all.
-        teacher: a teacher that is built already, or options: ``name`` of a registered one
-            ("label_encoding"), ``frozen``, and those of that teacher
-            (:class:`sssd.teacher.LabelEncodingTeacher`).
-        distance: options of :class:`sssd.losses.PyramidDistillation`.
-        teacher_loss_weight: factor on the detection losses of the teacher's pass.
-
-    Raises:
-        ValueError: when the detector cannot be wrapped, with the reason, or an option is unknown.
-    """
-    parts = build_training_parts(
-        student,
-        num_classes=num_classes,
-        levels=levels,
-        teacher=teacher or {},
-        distance=distance or {},
-    )
-    return SelfDistiller(
-        student=student,
-        **parts,
-        coefficient=coefficient,
-        phases=phases,
-        teacher_loss_weight=teacher_loss_weight,
-    )
