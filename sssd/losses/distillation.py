@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from .divergence import stable_root
+from .fused import is_supported
 from .normalisation import NORMS
 from .pyramid import (
     DISTANCES,
@@ -109,13 +110,11 @@ class PyramidDistillation(nn.Module):
         adapted = {level: self.adapter(x) for level, x in student.items()}
         target = {level: teacher[level].detach() for level in student}
         chosen = DISTANCES[self.options["distance"]]
-        # On a GPU, each call of torch on a piece would cost more than it computes.
-        on_cpu = all(x.device.type == "cpu" for x in adapted.values())
         if (
-            on_cpu
-            and chosen.of_unnormalised is not None
+            chosen.of_unnormalised is not None
             and self.options["axis"] == "channel"
             and self.options["reduction"] == "element_mean"
+            and all(is_supported(x) for x in adapted.values())
         ):
             return self._at_once(chosen, adapted, target, masks)
 

@@ -1,8 +1,9 @@
 """Jensen-Shannon divergence of normalised maps over channels, in few passes over memory.
 
-Normalisation, softmax, divergence and its gradient are computed piece by piece, while a piece is in
-the processor's cache. The function is that of :mod:`sssd.losses.normalisation` followed by
-:func:`sssd.losses.js_divergence`.
+The function is that of :mod:`sssd.losses.normalisation` followed by
+:func:`sssd.losses.js_divergence`. On a CPU, normalisation, softmax, divergence and its gradient are
+computed piece by piece, while a piece is in the processor's cache; on a GPU, by kernels of Triton
+(:mod:`sssd.losses.fused_triton`).
 
 With m = (p + q) / 2 and d = (p - q) / (p + q), the divergence of two distributions is
 ``sum p log(p/m) + q log(q/m)`` / 2 with p/m = 1 + d and q/m = 1 - d: two exponentials and two
@@ -17,11 +18,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["normalised_js_divergence"]
+__all__ = ["is_supported", "normalised_js_divergence"]
 
 # Elements of a piece. In float32, its few copies fit into a core's second-level cache; much smaller
 # ones are over before torch has called the next function.
 _PIECE = 2**18
+
+
+def is_supported(student: Tensor) -> bool:
+    """Whether :func:`normalised_js_divergence` can take maps such as ``student``, (N, C, H, W)."""
+    if student.is_cuda:
+        from . import fused_triton  # (imports Triton, which nobody else needs)
+
+        return fused_triton.is_supported(student)
+    return student.device.type == "cpu"
 
 
 def normalised_js_divergence(
@@ -36,7 +46,7 @@ def normalised_js_divergence(
     """Sum over all positions of the divergence between two maps that are normalised first.
 
     Args:
-        student: (N, C, H, W); only it gets a gradient.
+        student: (N, C, H, W), of which :func:`is_supported` holds; only it gets a gradient.
         teacher: of the same shape.
         mask: bool (N, H, W), False on padded cells, which do not count, whatever they hold.
         across_channels: normalise each image as a whole (layer norm), not each channel of it
@@ -47,6 +57,17 @@ def normalised_js_divergence(
     Returns:
         Scalar in nats, float32 or wider.
     """
+    if student.is_cuda:
+        from . import fused_triton
+
+        return fused_triton.normalised_js_divergence(
+            student,
+            teacher,
+            mask,
+            across_channels=across_channels,
+            temperature=temperature,
+            eps=eps,
+        )
     return _NormalisedJS.apply(student, teacher, mask, across_channels, temperature, eps)
 
 
