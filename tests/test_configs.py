@@ -27,7 +27,7 @@ BY_DATASET = ("BCCD", "Demo")  # plain and distilled side by side; the others ar
 
 def is_plain(path):
     return path.parent.name == "Plain" or (
-        path.parent.name in BY_DATASET and not path.stem.endswith("_sssd")
+        path.parent.name in BY_DATASET and "_sssd" not in path.stem
     )
 
 
@@ -37,7 +37,7 @@ DISTILLED = [path for path in CONFIGS if not is_plain(path)]
 
 def plain_twin(path):
     if path.parent.name in BY_DATASET:
-        return path.with_name(path.name.replace("_sssd", ""))
+        return path.with_name(path.name.partition("_sssd")[0].removesuffix(".yaml") + ".yaml")
     return path.parent.parent / "Plain" / path.name
 
 
@@ -75,6 +75,28 @@ def test_distillation_is_active_for_more_than_half_of_the_run(path):
     assert active > cfg.SOLVER.MAX_ITER / 2
 
 
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "efficient" in name(p)], ids=name)
+def test_the_efficient_preset_leaves_out_the_finest_level_and_every_second_iteration(path):
+    cfg = load_config(str(path))
+    if path.parent.name in BY_DATASET:
+        faithful = load_config(str(path.with_name(path.name.replace("_efficient", ""))))
+    else:
+        faithful = load_config(str(path.parent.parent / "SSSD" / path.name))
+    with torch.device("meta"):
+        model, whole = (
+            META_ARCH_REGISTRY.get(x.MODEL.META_ARCHITECTURE)(x) for x in (cfg, faithful)
+        )
+    assert list(model.teacher.strides) == list(whole.teacher.strides)[1:]
+    assert cfg.MODEL.SSSD.PHASES.PERIOD == 2
+    has_rois = hasattr(model.student, "roi_heads")
+    assert (0.25 if has_rois else 1.0) == cfg.MODEL.SSSD.TEACHER.ROI_FRACTION
+    # And nothing else.
+    for x in (cfg, faithful):
+        x.MODEL.SSSD.LEVELS, x.MODEL.SSSD.PHASES.PERIOD, x.OUTPUT_DIR = [], 1, ""
+        x.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
+    assert cfg.dump() == faithful.dump()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_every_config_builds(path):
     cfg = load_config(str(path))
@@ -83,7 +105,7 @@ def test_every_config_builds(path):
 
 
 def test_every_method_has_every_detector_backbone_and_schedule():
-    for method in ("Plain", "LGD", "LGD_stepwise", "SSSD", "SSSD_fixed"):
+    for method in ("Plain", "LGD", "LGD_stepwise", "SSSD", "SSSD_fixed", "SSSD_efficient"):
         for detector in ("faster_rcnn", "retinanet", "fcos"):
             for rest in ("R_50_FPN_1x", "R_50_FPN_2x", "R_101_FPN_1x", "R_101_FPN_2x"):
                 assert REPOSITORY / "configs" / method / f"{detector}_{rest}.yaml" in CONFIGS

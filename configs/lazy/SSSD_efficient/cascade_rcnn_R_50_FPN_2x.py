@@ -1,0 +1,14 @@
+from ..common.data import dataloader
+from ..common.methods import sssd_efficient
+from ..common.models import cascade_rcnn
+from ..common.schedules import lr_multiplier_2x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_2x as train
+
+model = sssd_efficient(
+    cascade_rcnn,
+    train.max_iter,
+    [120000, 160000],
+    levels=["p3", "p4", "p5", "p6"],
+    teacher_roi_fraction=0.25,
+)

@@ -1,0 +1,11 @@
+from ..common.data import dataloader
+from ..common.methods import sssd_efficient
+from ..common.models import fcos
+from ..common.schedules import lr_multiplier_1x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_1x as train
+
+model = sssd_efficient(
+    fcos, train.max_iter, [60000, 80000], detach_appearance=False, levels=["p4", "p5", "p6", "p7"]
+)
+optimizer.lr = 0.01

@@ -1,0 +1,15 @@
+from ..common.data import dataloader
+from ..common.methods import sssd_efficient
+from ..common.models import mask_rcnn
+from ..common.schedules import lr_multiplier_1x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_1x as train
+
+model = sssd_efficient(
+    mask_rcnn,
+    train.max_iter,
+    [60000, 80000],
+    levels=["p3", "p4", "p5", "p6"],
+    teacher_roi_fraction=0.25,
+)
+dataloader.train.mapper.use_instance_mask = True

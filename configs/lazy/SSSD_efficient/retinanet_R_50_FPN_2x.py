@@ -1,0 +1,16 @@
+from ..common.data import dataloader
+from ..common.methods import sssd_efficient
+from ..common.models import retinanet
+from ..common.schedules import lr_multiplier_2x as lr_multiplier
+from ..common.schedules import optimizer
+from ..common.schedules import train_2x as train
+
+model = sssd_efficient(
+    retinanet,
+    train.max_iter,
+    [120000, 160000],
+    add_context_box=True,
+    detach_appearance=False,
+    levels=["p4", "p5", "p6", "p7"],
+)
+optimizer.lr = 0.01
