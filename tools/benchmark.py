@@ -3,174 +3,207 @@
 
     tools/benchmark.py --config-file configs/Classification/{ce,kd,dml}_cifar_resnet8_digits.yaml
     tools/benchmark.py --config-file A.yaml B.yaml --steps 2 --json out.json SOLVER.IMS_PER_BATCH 4
+    tools/benchmark.py --config-file configs/{Plain,SSSD}/faster_rcnn_R_50_FPN_1x.yaml \\
+        --image-size 256 --batch 2 --objects 10 --threads 2 --breakdown --chart steps.png \\
+        --variant "no masks" MODEL.SSSD.DISTANCE.MASK_PADDING False
 
 Each config trains in a process of its own; they take turns of a few steps, A B C A B C ..., and the
 others sleep. Of a classification in several stages it is the last one, or --stage. Threads are
-torch's default, or OMP_NUM_THREADS. The table (Markdown) goes to standard output, progress to
-standard error.
+torch's default, or OMP_NUM_THREADS, or --threads. Detectors train on their dataset or, with
+--image-size or --objects, on generated batches, for which nothing is read or downloaded. The tables
+(Markdown) go to standard output, progress to standard error.
 """
 
-import sssd  # (before Detectron2: it applies the compatibility layer)
+import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
 
 # isort: split
 import argparse
-import importlib
 import json
 import os
-import platform
-import shlex
 import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sssd.benchmark import report as report_of
+from sssd.benchmark.chart import FORMATS, draw_chart
+from sssd.benchmark.compare import measure, measure_inference
+from sssd.benchmark.data import GeneratedData
+from sssd.benchmark.environment import (
+    circumstances,
+    cpu_name,
+    environment,
+    positive,
+    print_progress,
+    reserve,
+)
+from sssd.benchmark.jobs import BenchmarkError, Setting, Variant, cycle_of, plan_jobs
 from sssd.engine import user_errors
-from sssd.engine.benchmark import BenchmarkError, measure, plan_jobs
+from sssd.engine.training_step import PRECISIONS
 
 WARMUP = 3  # steps
-
-MEMORY = {
-    "cpu": "peak resident set of the process (Linux: VmHWM) above its resident set before the "
-    "first step, when libraries, data, student and teacher were there: activations, gradients, the "
-    "optimizer's state, and what the allocator keeps",
-    "cuda": "peak of what torch has allocated on the GPU, weights included",
-}
 
 
 def main(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    jobs = plan_jobs(args.config_file, args.opts, device=device, stage=args.stage)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.open("a").close()  # before the measurement, not after it
-    load = os.getloadavg()[0]
-    configs = measure(
-        jobs,
-        rounds=args.rounds,
-        steps=args.steps,
-        warmup=WARMUP,
-        progress=lambda text: print(f"benchmark: {text}", file=sys.stderr, flush=True),
+    setting = setting_of(args)
+    variants = [Variant(name, tuple(opts)) for name, *opts in args.variant]
+    jobs = plan_jobs(
+        args.config_file,
+        args.opts,
+        variants=variants,
+        device=device,
+        stage=args.stage,
+        setting=setting,
     )
-    report = {
-        "command": command_line(),
-        "versions": versions(),
+    for download in sorted({job.download for job in jobs} - {""}):
+        print_progress(f"random weights instead of the download {download}")
+    cycle = cycle_of(jobs)
+    if args.steps % cycle:
+        raise BenchmarkError(
+            f"The iterations of these trainings differ, and repeat every {cycle}: give a multiple "
+            f"of that for --steps, not {args.steps}."
+        )
+    mean, warmup = args.mean or cycle > 1, max(WARMUP, cycle)
+    if args.chart is not None and args.chart.suffix not in FORMATS:
+        raise BenchmarkError(
+            f"--chart {args.chart} is no picture: let its name end in {', '.join(FORMATS)}."
+        )
+    reserve(args.json)
+    reserve(args.chart)
+    report: dict[str, Any] = environment("tools/benchmark.py")
+    with tempfile.TemporaryDirectory(prefix="sssd_benchmark_") as folder:
+        exports = [Path(folder, f"{i}.pth") for i in range(len(jobs))] if args.inference else []
+        configs = measure(
+            jobs,
+            rounds=args.rounds,
+            steps=args.steps,
+            warmup=warmup,
+            mean=mean,
+            breakdown=-(-args.breakdown // cycle) * cycle,
+            exports=exports,
+            progress=print_progress,
+        )
+        inference = []
+        if args.inference:
+            inference = measure_inference(
+                jobs,
+                exports,
+                rounds=args.rounds,
+                passes=args.steps,
+                warmup=WARMUP,
+                progress=print_progress,
+            )
+    report |= {
+        "load_after": os.getloadavg()[0],
         "device": configs[0]["device"] if device != "cpu" else cpu_name(),
-        "cores": os.cpu_count(),
         "threads": configs[0]["threads"],
-        "load_before": load,
         "rounds": args.rounds,
         "steps": args.steps,
-        "warmup": WARMUP,
-        "memory_is": MEMORY[torch.device(device).type],
+        "warmup": warmup,
+        "mean": mean,
+        "memory_is": report_of.MEMORY[torch.device(device).type],
+        "data": None if setting.data is None else asdict(setting.data),
         "configs": configs,
+        "inference": inference,
     }
     if args.json is not None:
         args.json.write_text(json.dumps(report) + "\n")
-    print(table(configs))
-    print(f"\n{notes(report)}")
+    if args.chart is not None:
+        draw_chart(args.chart, configs, inference, chart_caption(report))
+    texts = [report_of.step_table(configs), report_of.step_notes(report)]
+    if args.breakdown:
+        texts += [report_of.breakdown_table(configs)]
+    if inference:
+        texts += [report_of.inference_table(inference), report_of.INFERENCE_NOTES]
+    print("\n\n".join([*texts, circumstances(report)]))
 
 
-def table(configs: list[dict[str, Any]]) -> str:
-    """A Markdown table with aligned columns, a row for each config."""
-    rows = [
-        ["config", "step, ms", "time ratio", "quartiles", "images/s", "data, ms", "memory, MiB",
-         "memory ratio", "student, parameters", "training only"]
-    ]  # fmt: skip
-    for config in configs:
-        ratio, above = config["ratio"], config["memory"]["above"]
-        speed = config["images_per_second"]
-        rows.append(
-            [
-                config["name"],
-                f"{config['step_seconds'] * 1e3:.1f}",
-                f"{ratio['median']:.2f}",
-                f"{ratio['q1']:.2f} to {ratio['q3']:.2f}",
-                f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}",
-                f"{config['data_seconds'] * 1e3:.1f}",
-                "-" if above is None else f"{above / 2**20:.0f}",
-                "-" if config["memory_ratio"] is None else f"{config['memory_ratio']:.2f}",
-                f"{config['student_parameters']:,}",
-                f"{config['training_only_parameters']:,}",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        " | ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    rule = "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+def chart_caption(report: dict[str, Any]) -> str:
+    batch = sorted({str(config["batch_size"]) for config in report["configs"]})
+    parts = [report["device"], f"threads: {report['threads']}", f"batch: {' or '.join(batch)}"]
+    if data := report["data"]:
+        parts.append(f"{data['height']} x {data['width']}, {data['objects']} objects")
+    return ", ".join([*parts, "whiskers: quartiles of the ratio"])
 
 
-def notes(report: dict[str, Any]) -> str:
-    """What the columns are, and where they were measured."""
-    return (
-        f"Interleaved in one run: {report['rounds']} rounds of {report['steps']} steps of each, "
-        f"after {report['warmup']} for warming up. Step: median of all. Time ratio: to the "
-        "first row, median and quartiles over the rounds of the ratio in the same round. Data: "
-        f"loading a batch, no part of the step. Memory: {report['memory_is']}. Training only: "
-        "parameters that the trained model does not have, a frozen teacher's among them.\n\n"
-        f"{report['device']}, cores: {report['cores']}, threads of each process: "
-        f"{report['threads']}, load before the start: {report['load_before']:.1f}; "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        + f".\n\n```sh\n{report['command']}\n```"
+def setting_of(args: argparse.Namespace) -> Setting:
+    data = None
+    if args.image_size is not None or args.objects is not None:
+        chosen = {"objects": args.objects}
+        if args.image_size is not None:
+            chosen |= {"height": args.image_size[0], "width": args.image_size[-1]}
+        data = GeneratedData(**{name: x for name, x in chosen.items() if x is not None})
+    return Setting(
+        data=data,
+        batch=args.batch,
+        classes=args.classes,
+        precision=args.precision,
+        compiled=args.compile,
+        threads=args.threads,
     )
-
-
-def command_line() -> str:
-    """How this program was called, with the number of threads if the environment sets it."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    called = shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]])
-    return f"OMP_NUM_THREADS={threads} {called}" if threads else called
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a step runs through."""
-    found = {"sssd": sssd.__version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "detectron2", "timm"):
-        try:
-            found[name] = importlib.import_module(name).__version__
-        except ImportError:
-            continue
-    return found
-
-
-def cpu_name() -> str:
-    """Model of the processor, where Linux says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", nargs="+", required=True, help="the first: the reference")
-    parser.add_argument("--rounds", type=positive, default=15, help="turns of each (default 15)")
-    parser.add_argument("--steps", type=positive, default=4, help="steps of a turn (default 4)")
-    parser.add_argument("--stage", default="", help="stage to time, in the configs that have it")
-    parser.add_argument("--device", default="", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ..., for all configs")
+    add = parser.add_argument
+    add("--config-file", nargs="+", required=True, help="the first: the reference")
+    add(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY VALUE"),
+        help="one more row: the last config with these keys and values; can be given repeatedly",
+    )
+    add("--rounds", type=positive, default=15, help="turns of each (default 15)")
+    add("--steps", type=positive, default=4, help="steps of a turn (default 4)")
+    add(
+        "--mean",
+        action="store_true",
+        help="compare the mean step of a turn, not the median; so it is where a teacher takes part "
+        "in some of the iterations only",
+    )
+    add("--stage", default="", help="stage to time, in the configs that have it")
+    add("--device", default="", help="cpu or cuda; default: cuda if there is one")
+    add("--threads", type=positive, help="of each process")
+    add(
+        "--image-size",
+        type=positive,
+        nargs="+",
+        metavar=("HEIGHT", "WIDTH"),
+        help="generated batches instead of the dataset: of this height and width, one number for "
+        "both (default 256)",
+    )
+    add("--objects", type=positive, help="generated batches: boxes of an image (default 10)")
+    add("--batch", type=positive, help="images of a step")
+    add("--classes", type=positive, help="of the detectors")
+    add("--precision", choices=PRECISIONS)
+    add("--compile", action="store_true", help="torch.compile the convolutions of detectors")
+    add("--inference", action="store_true", help="compare the exported students, too")
+    add(
+        "--breakdown",
+        type=positive,
+        nargs="?",
+        const=3,
+        default=0,
+        metavar="STEPS",
+        help="split the step into its parts, in a few steps of each at the end (default 3)",
+    )
+    add("--json", type=Path, help="file for all that was measured")
+    add("--chart", type=Path, help="file for a picture of bars (.png, .svg or .pdf)")
+    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ..., for all configs")
     args = parser.parse_args(arguments)
     # Overrides may follow the files directly, and argparse takes them for more of these.
     files = args.config_file
     count = next((i for i, x in enumerate(files) if i and not x.endswith((".yaml", ".yml"))), None)
     if count is not None:
         args.config_file, args.opts = files[:count], files[count:] + args.opts
+    if args.image_size is not None and len(args.image_size) > 2:
+        parser.error("--image-size takes one number or two, height and width")
     return args
 
 

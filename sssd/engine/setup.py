@@ -126,8 +126,8 @@ def describe_distillation(model: SelfDistiller) -> str:
     return (
         f"Self-distillation of {type(model.student).__name__}: levels "
         f"{', '.join(model.teacher.strides)}, distance {options['distance']} "
-        f"({options['axis']}, {options['reduction']}), {seldom}gradient to the student in iterations "
-        f"{min(first, last)} to {last} of {phases.max_iter}, coefficient {coefficient}, "
+        f"({options['axis']}, {options['reduction']}), {seldom}gradient to the student in "
+        f"iterations {min(first, last)} to {last} of {phases.max_iter}, coefficient {coefficient}, "
         + (f"backbone frozen until iteration {frozen}." if frozen else "backbone never frozen.")
     )
 

@@ -4,29 +4,34 @@ import pytest
 import torch
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
-from sssd.engine.benchmark import summarise
-from sssd.engine.benchmark_inference import InferenceInTurns, compare_inference
-from sssd.engine.benchmark_jobs import plan_jobs
-from sssd.engine.benchmark_operators import (
+from sssd.benchmark.compare import summarise
+from sssd.benchmark.inference import InferenceInTurns, compare_inference
+from sssd.benchmark.jobs import plan_jobs
+from sssd.benchmark.operators import (
     compare_operators,
     digest_of_weights,
     largest_difference,
     operators_of,
 )
-from sssd.engine.benchmark_report import inference_table
+from sssd.benchmark.report import inference_table
+from sssd.benchmark.training import TrainingInTurns
+from tests.benchmark.test_data import tiny_job
 from tests.conftest import REPOSITORY
-from tests.tools.test_benchmark_data import tiny_job
 
 
-def described(name, job):
-    with InferenceInTurns(job) as inference:
+def described(name, job, folder):
+    path = str(folder / "exported.pth")
+    with TrainingInTurns(job) as training:
+        training.export(path)
+        assert training.batches.take() == []
+    with InferenceInTurns(job, path) as inference:
         return {"name": name, **inference.describe()}, [inference.run(2)]
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "fcos"])
-def test_a_distilled_detector_runs_the_operators_of_the_plain_one(detector):
-    plain, plain_turns = described("A", tiny_job(distilled=False, detector=detector))
-    distilled, turns = described("B", tiny_job(detector=detector))
+def test_a_distilled_detector_runs_the_operators_of_the_plain_one(detector, tmp_path):
+    plain, plain_turns = described("A", tiny_job(distilled=False, detector=detector), tmp_path)
+    distilled, turns = described("B", tiny_job(detector=detector), tmp_path)
     first, second = compare_inference([plain, distilled])
     assert first["same_detector"] is None and second["same_detector"] == "A"
     assert second["first_difference"] is None and second["largest_difference"] == 0.0
@@ -44,10 +49,10 @@ def test_a_distilled_detector_runs_the_operators_of_the_plain_one(detector):
     assert f"the same {first['operators']['count']:,} | identical |" in line
 
 
-def test_a_classifier_is_its_network_alone():
+def test_a_classifier_is_its_network_alone(tmp_path):
     files = [f"configs/Classification/{x}_cifar_resnet8_digits.yaml" for x in ("ce", "one")]
     jobs = plan_jobs([str(REPOSITORY / x) for x in files], ["SOLVER.IMS_PER_BATCH", "2"])
-    plain, one = (described(job.name, job)[0] for job in jobs)
+    plain, one = (described(job.name, job, tmp_path)[0] for job in jobs)
     _, compared = compare_inference([plain, one])
     assert compared["first_difference"] is None and compared["largest_difference"] == 0.0
     assert one["outputs"][0].shape == (1, 10)

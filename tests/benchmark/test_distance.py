@@ -7,11 +7,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
-from sssd.engine import benchmark_distance_rows
-from sssd.engine.benchmark_distance import Case, measure_distances, saved_bytes
-from sssd.engine.benchmark_distance_rows import plan_rows
-from sssd.engine.benchmark_jobs import BenchmarkError
-from tests.tools.test_benchmark import call
+from sssd.benchmark import distance_rows as benchmark_distance_rows
+from sssd.benchmark.distance import Case, measure_distances, saved_bytes
+from sssd.benchmark.distance_rows import plan_rows
+from sssd.benchmark.jobs import BenchmarkError
+from tests.benchmark.test_compare import call
 
 BYTES = 4 * 6 * 5
 

@@ -6,8 +6,8 @@ import runpy
 import pytest
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
-from sssd.engine.benchmark_data import GeneratedData
-from sssd.engine.benchmark_jobs import BenchmarkError, Setting, Variant, cycle_of, plan_jobs
+from sssd.benchmark.data import GeneratedData
+from sssd.benchmark.jobs import BenchmarkError, Setting, Variant, cycle_of, plan_jobs
 from tests.conftest import REPOSITORY
 
 

@@ -8,10 +8,10 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
-from sssd.engine.benchmark_data import GeneratedData, generate_batches
-from sssd.engine.benchmark_jobs import Job, Setting
-from sssd.engine.benchmark_training import TrainingInTurns
-from sssd.engine.benchmark_weights import calibrate_normalisation
+from sssd.benchmark.data import GeneratedData, generate_batches
+from sssd.benchmark.jobs import Job, Setting
+from sssd.benchmark.training import TrainingInTurns
+from sssd.benchmark.weights import calibrate_normalisation
 from tests.detectors import build, tiny_config, training_batch
 
 DATA = GeneratedData(height=64, width=96, objects=3, num_batches=2)

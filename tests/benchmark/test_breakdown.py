@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
-from sssd.engine.benchmark_breakdown import PARTS
-from sssd.engine.benchmark_jobs import plan_jobs
-from sssd.engine.benchmark_report import breakdown_table
-from sssd.engine.benchmark_training import TrainingInTurns
+from sssd.benchmark.breakdown import PARTS
+from sssd.benchmark.jobs import plan_jobs
+from sssd.benchmark.report import breakdown_table
+from sssd.benchmark.training import TrainingInTurns
+from tests.benchmark.test_data import tiny_job
 from tests.conftest import REPOSITORY
-from tests.tools.test_benchmark_data import tiny_job
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. Profiler clears")
 

@@ -3,7 +3,7 @@
 import pytest
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
-from sssd.engine.benchmark_chart import draw_chart, stacked_parts
+from sssd.benchmark.chart import draw_chart, stacked_parts
 
 BREAKDOWN = {
     "steps": 2,

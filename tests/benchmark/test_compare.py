@@ -13,18 +13,15 @@ import pytest
 import torch
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
+from sssd.benchmark.compare import measure, summarise, take_turns
+from sssd.benchmark.compile import compile_parts
+from sssd.benchmark.jobs import BenchmarkError, plan_jobs
+from sssd.benchmark.training import TrainingInTurns
+from sssd.benchmark.worker import Worker
 from sssd.classification import build_network
 from sssd.engine import ConfigError
-from sssd.engine.benchmark import (
-    BenchmarkError,
-    Worker,
-    measure,
-    plan_jobs,
-    summarise,
-    take_turns,
-)
-from sssd.engine.benchmark_worker import TrainingInTurns
 from tests.conftest import REPOSITORY
+from tests.detectors import build, losses_at, tiny_config
 
 SMALL = ["SOLVER.IMS_PER_BATCH", "4"]
 
@@ -37,9 +34,9 @@ def job(method, opts=(), **kwargs):
     return plan_jobs([digits(method)], [*SMALL, *opts], **kwargs)[0]
 
 
-def call(folder, *args):
+def call(folder, *args, tool="benchmark"):
     return subprocess.run(
-        [sys.executable, REPOSITORY / "tools/benchmark.py", *map(str, args)],
+        [sys.executable, REPOSITORY / f"tools/{tool}.py", *map(str, args)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -87,13 +84,23 @@ def test_ratios_are_those_of_the_same_round():
     assert b["data_seconds"] == 0.5
 
 
+def test_the_mean_of_a_turn_counts_where_its_steps_differ():
+    # Every other step of the second training has a teacher: by the median it would be missed.
+    first, other = [turn([1.0] * 4), turn([2.0] * 4)], [turn([1.0, 3.0, 1.0, 1.0]), turn([2.0] * 4)]
+    _, by_median = summarise([first, other])
+    _, by_mean = summarise([first, other], mean=True)
+    assert by_median["ratio"]["median"] == 1.0
+    assert by_mean["ratio"] == {"median": 1.25, "q1": 1.125, "q3": 1.375}
+    assert by_mean["step_seconds"] == 1.75
+
+
 def test_memory_that_is_not_known_has_no_ratio():
     a, b = summarise([[turn([1.0], (None, None))], [turn([1.0], (None, None))]])
     assert a["memory_ratio"] is None and b["memory_ratio"] is None
 
 
 def test_a_training_begins_in_the_middle_and_leaves_its_weights():
-    with TrainingInTurns(job("kd", ["SOLVER.MAX_ITER", "6"]).cfg) as training:
+    with TrainingInTurns(job("kd", ["SOLVER.MAX_ITER", "6"])) as training:
         before = {name: p.clone() for name, p in training.model.named_parameters()}
         iterations = []
         run_step = training.trainer.run_step
@@ -109,7 +116,7 @@ def test_a_training_begins_in_the_middle_and_leaves_its_weights():
 
 
 def test_a_step_of_mutual_learning_updates_every_network():
-    with TrainingInTurns(job("dml").cfg) as training:
+    with TrainingInTurns(job("dml")) as training:
         learners = []
         training.model.register_forward_hook(lambda model, *_: learners.append(model.learner))
         training.run(2)
@@ -119,7 +126,7 @@ def test_a_step_of_mutual_learning_updates_every_network():
 
 def test_a_first_iteration_after_the_last_is_refused():
     with pytest.raises(ValueError, match=r"no iteration 200: it has SOLVER.MAX_ITER 200"):
-        TrainingInTurns(job("ce").cfg, first_iteration=200)
+        TrainingInTurns(job("ce"), first_iteration=200)
 
 
 def test_a_stage_is_timed_in_the_configs_that_have_it():
@@ -220,3 +227,37 @@ def test_the_table_says_what_the_json_holds(tmp_path):
         above = config["memory"]["peak"] - config["memory"]["before"]
         assert float(cells["memory, MiB"]) == pytest.approx(above / 2**20, abs=0.51)
     assert "threads of each process: 1" in result.stdout
+
+
+@pytest.mark.long
+def test_detectors_are_compared_on_generated_batches_from_no_file(tmp_path):
+    configs = [REPOSITORY / f"configs/Demo/faster_rcnn_R_18_FPN{x}.yaml" for x in ("", "_sssd")]
+    result = call(
+        tmp_path, "--config-file", *configs, "--variant", "mse", "MODEL.SSSD.DISTANCE.NAME", "mse",
+        "--image-size", 64, 96, "--objects", 3, "--batch", 2, "--classes", 5, "--threads", 1,
+        "--rounds", 2, "--steps", 1, "--breakdown", 1, "--inference", "--device", "cpu",
+        "--json", "out.json", "--chart", "steps.svg", "DATASETS.TRAIN", "('absent',)",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "out.json").read_text())
+    plain, distilled, mse = report["configs"]
+    assert mse["name"] == "mse" and mse["student_parameters"] == plain["student_parameters"]
+    assert report["data"]["objects"] == 3 and {x["batch_size"] for x in report["configs"]} == {2}
+    assert "teacher" in distilled["breakdown"]["parts"]
+    assert "teacher" not in plain["breakdown"]["parts"]
+    assert [x["largest_difference"] for x in report["inference"]] == [0.0] * 3
+    assert "the same" in result.stdout and "64 x 96" in result.stdout
+    assert "<svg" in (tmp_path / "steps.svg").read_text()
+
+
+@pytest.mark.long
+def test_compiled_parts_are_named_and_compute_the_same():
+    model, compiled = (build(tiny_config()) for _ in range(2))
+    parts = compile_parts(compiled)
+    assert parts == ["backbone", "adapter", "teacher.appearance_encoder", "teacher.painter"]
+    torch.manual_seed(0)
+    expected, _ = losses_at(model)
+    torch.manual_seed(0)
+    losses, _ = losses_at(compiled)
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-3), name

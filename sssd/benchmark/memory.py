@@ -1,0 +1,78 @@
+"""How much memory a process uses at most, and when its device has finished."""
+
+import ctypes
+import gc
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["PeakMemory", "synchronise", "use_torch_once"]
+
+
+class PeakMemory:
+    """The most memory that was in use since it was made.
+
+    On a GPU, that is what torch has allocated there, weights included. On a CPU it is the resident
+    set of the process, of which only what comes on top of its start counts: libraries, weights and
+    the data set were there before; activations, gradients and the optimizer's state come on top.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: int | None = 0
+        gc.collect()
+        if device.type == "cuda":
+            self.restart_peak()
+            return
+        # What was freed goes back to the system, or the steps would use it unseen.
+        with suppress(AttributeError, OSError, TypeError):  # another C library than GNU's
+            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            self._before = _status("VmRSS")
+        except OSError:
+            self._before = None  # no Linux
+        self.restart_peak()
+
+    def restart_peak(self) -> None:
+        """The peak starts at what is in use now; what was there before stays what it was."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self._before = None
+
+    def read(self) -> dict[str, int | None]:
+        """``before`` and ``peak`` in bytes; on a GPU ``before`` is 0. None where unknown."""
+        if self._device.type == "cuda":
+            return {"before": 0, "peak": torch.cuda.max_memory_allocated(self._device)}
+        return {
+            "before": self._before,
+            "peak": None if self._before is None else _status("VmHWM"),
+        }
+
+
+def use_torch_once(device: torch.device) -> None:
+    """A step of next to nothing, for what torch loads and starts in the first step of a process."""
+    layers = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), nn.Flatten()).to(device)
+    optimizer = torch.optim.SGD(layers.parameters(), 0.1, momentum=0.9)
+    layers(torch.zeros(2, 1, 4, 4, device=device)).sum().backward()
+    optimizer.step()
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _status(key: str) -> int:
+    """Bytes that Linux reports of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
