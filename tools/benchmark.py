@@ -22,7 +22,8 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,22 @@ def main(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     setting = setting_of(args)
     variants = [Variant(name, tuple(opts)) for name, *opts in args.variant]
-    jobs = plan_jobs(
-        args.config_file,
-        args.opts,
-        variants=variants,
-        device=device,
-        stage=args.stage,
-        setting=setting,
-    )
+    counts = args.objects or [None]
+    jobs = []
+    for count in counts:
+        with_objects = setting
+        if count is not None:
+            with_objects = replace(setting, data=replace(setting.data, objects=count))
+        planned = plan_jobs(
+            args.config_file,
+            args.opts,
+            variants=variants,
+            device=device,
+            stage=args.stage,
+            setting=with_objects,
+        )
+        suffix = f", {count} objects" if len(counts) > 1 else ""
+        jobs += [replace(job, name=job.name + suffix) for job in planned]
     for download in sorted({job.download for job in jobs} - {""}):
         print_progress(f"random weights instead of the download {download}")
     cycle = cycle_of(jobs)
@@ -106,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
         "warmup": warmup,
         "mean": mean,
         "memory_is": report_of.MEMORY[torch.device(device).type],
-        "data": None if setting.data is None else asdict(setting.data),
+        "data": described_data(setting, args.objects),
         "configs": configs,
         "inference": inference,
     }
@@ -122,6 +131,13 @@ def main(args: argparse.Namespace) -> None:
     print("\n\n".join([*texts, circumstances(report)]))
 
 
+def described_data(setting: Setting, objects: Sequence[int] | None) -> dict[str, Any] | None:
+    if setting.data is None:
+        return None
+    described = asdict(setting.data)
+    return {**described, "objects": " or ".join(map(str, objects or [described["objects"]]))}
+
+
 def chart_caption(report: dict[str, Any]) -> str:
     batch = sorted({str(config["batch_size"]) for config in report["configs"]})
     parts = [report["device"], f"threads: {report['threads']}", f"batch: {' or '.join(batch)}"]
@@ -133,10 +149,9 @@ def chart_caption(report: dict[str, Any]) -> str:
 def setting_of(args: argparse.Namespace) -> Setting:
     data = None
     if args.image_size is not None or args.objects is not None:
-        chosen = {"objects": args.objects}
+        data = GeneratedData()
         if args.image_size is not None:
-            chosen |= {"height": args.image_size[0], "width": args.image_size[-1]}
-        data = GeneratedData(**{name: x for name, x in chosen.items() if x is not None})
+            data = replace(data, height=args.image_size[0], width=args.image_size[-1])
     return Setting(
         data=data,
         batch=args.batch,
@@ -178,7 +193,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="generated batches instead of the dataset: of this height and width, one number for "
         "both (default 256)",
     )
-    add("--objects", type=positive, help="generated batches: boxes of an image (default 10)")
+    add(
+        "--objects",
+        type=positive,
+        nargs="+",
+        help="generated batches: boxes of an image (default 10); of several numbers, each gives "
+        "rows of its own",
+    )
     add("--batch", type=positive, help="images of a step")
     add("--classes", type=positive, help="of the detectors")
     add("--precision", choices=PRECISIONS)

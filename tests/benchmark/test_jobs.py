@@ -114,5 +114,6 @@ def test_the_command_line_of_variants_and_generated_batches():
     assert args.variant == [["one", "K", "V"], ["two", "K", "V", "L", "W"]]
     assert setting.data == GeneratedData(height=64, width=96, objects=10)
     assert parse("--config-file", "A.yaml", "--image-size", "64")[1].data.width == 64
-    assert parse("--config-file", "A.yaml", "--objects", "7")[1].data == GeneratedData(objects=7)
+    args, setting = parse("--config-file", "A.yaml", "--objects", "7", "300")
+    assert args.objects == [7, 300] and setting.data == GeneratedData()
     assert parse("--config-file", "A.yaml", "--batch", "2")[1] == Setting(batch=2)

@@ -35,12 +35,19 @@ def piece(request, monkeypatch):
     monkeypatch.setattr(fused, "_PIECE", request.param)
 
 
+def padding(shape=(2, 3, 4)):
+    """What batches have: the cells to the right of an image and below are padded."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[0, :2, :3] = mask[1, :3, :1] = True
+    return mask
+
+
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["", "padding", "scattered"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_value_and_gradient_are_those_of_one_after_the_other(piece, norm, masked, temperature):
-    student, teacher, mask = maps()
-    mask = mask if masked else None
+    student, teacher, scattered = maps()
+    mask = {"": None, "padding": padding(), "scattered": scattered}[masked]
 
     def at_once(x):
         return normalised_js_divergence(
@@ -70,8 +77,10 @@ def test_odd_shapes(shape):
 
 
 @pytest.mark.parametrize("hidden", [math.nan, math.inf, 1e30])
-def test_padded_cells_change_nothing(piece, hidden):
+@pytest.mark.parametrize("scattered", [False, True])
+def test_padded_cells_change_nothing(piece, hidden, scattered):
     student, teacher, mask = maps()
+    mask = mask if scattered else padding()
     clean = normalised_js_divergence(student, teacher, mask)
     (expected,) = torch.autograd.grad(clean, student)
     padded = ~mask[:, None].expand_as(student)
