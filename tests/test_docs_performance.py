@@ -1,0 +1,66 @@
+"""docs/performance.md says what its results and its preset say."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs/performance.md").read_text()
+RESULTS = REPOSITORY / "docs/results/performance"
+DETECTORS = ("faster_rcnn", "retinanet", "fcos")
+
+
+def table_row(start):
+    """Cells of the row that begins with a text, without that."""
+    (line,) = (x for x in PAGE.splitlines() if x.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+
+
+@pytest.mark.parametrize("column", range(3), ids=DETECTORS)
+def test_the_ratios_are_those_of_the_results(column):
+    report = json.loads((RESULTS / f"{DETECTORS[column]}.json").read_text())
+    found = {config["name"].split("/")[0]: config for config in report["configs"]}
+    inference = {config["name"].split("/")[0]: config for config in report["inference"]}
+    expected = {
+        "SSSD, time": found["SSSD"]["ratio"]["median"],
+        "LGD as a setting of sssd, time": found["LGD"]["ratio"]["median"],
+        "SSSD, the efficient preset, time": found["SSSD_efficient"]["ratio"]["median"],
+        "SSSD, peak memory": found["SSSD"]["memory_ratio"],
+        "SSSD, the efficient preset, peak memory": found["SSSD_efficient"]["memory_ratio"],
+        "inference, time": inference["SSSD"]["ratio"]["median"],
+    }
+    for start, value in expected.items():
+        assert table_row(start)[column] == f"{value:.2f}", start
+    assert table_row("inference, operators and outputs")[column] == "the same"
+    for config in report["inference"][1:]:
+        assert config["same_detector"] and config["first_difference"] is None
+        assert config["largest_difference"] == 0
+
+
+def test_the_goals_are_met_where_the_page_says_so():
+    # Of issue 6: step 1.95 and 1.4 (Faster R-CNN), memory 1.8 and 1.4, crowds 1.1.
+    ratios = {start: list(map(float, table_row(start))) for start in (
+        "SSSD, time", "SSSD, the efficient preset, time", "SSSD, peak memory",
+        "SSSD, the efficient preset, peak memory")}  # fmt: skip
+    assert ratios["SSSD, time"][0] <= 1.95
+    assert max(ratios["SSSD, the efficient preset, time"]) <= 1.4
+    assert max(ratios["SSSD, peak memory"]) <= 1.8
+    assert max(ratios["SSSD, the efficient preset, peak memory"]) <= 1.4
+    crowds = json.loads((RESULTS / "objects.json").read_text())["configs"]
+    (crowded,) = (x for x in crowds if x["name"].startswith("SSSD") and "300" in x["name"])
+    ratio = re.search(r"step \[([\d.]+) times as long\]", PAGE)[1]
+    assert ratio == f"{crowded['ratio']['median']:.2f}" and float(ratio) <= 1.1
+
+
+def test_the_preset_is_the_one_of_the_configs():
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.S | re.M)
+    path = REPOSITORY / "configs/SSSD_efficient/faster_rcnn_R_50_FPN_1x.yaml"
+    assert yaml.safe_load(block)["MODEL"] == yaml.safe_load(path.read_text())["MODEL"]
+
+
+def test_every_linked_file_is_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
+        assert (REPOSITORY / "docs" / target).exists(), target
