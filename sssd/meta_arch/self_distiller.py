@@ -19,6 +19,7 @@ from .build import (
     never_calls_backbone,
 )
 from .ground_truth import ground_truth_objects
+from .logged_value import LoggedValue
 from .passes import (
     AnchorMatching,
     captured_pyramid,
@@ -102,9 +103,9 @@ class SelfDistiller(StudentWrapper):
         self.phases = phases
         self.teacher_loss_weight = teacher_loss_weight
         self.teacher_roi_fraction = teacher_roi_fraction
-        # Raw distance and coefficient of the last training call, without gradient, for the log.
-        self.last_distance: Tensor | None = None
-        self.last_coefficient: Tensor | float | None = None
+        # Raw distance and coefficient of the last training call, for the log.
+        self.last_distance: LoggedValue | None = None
+        self.last_coefficient: LoggedValue | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class SelfDistiller(StudentWrapper):
         coefficient = None if self.schedule is None else self.schedule(iteration)
         untouched = self.untouched(iteration)
         if coefficient == 0 and not self.teaches:
-            self.last_distance, self.last_coefficient = None, coefficient
+            self.last_distance, self.last_coefficient = None, LoggedValue(coefficient)
             return {**losses, "loss_distill": untouched}
 
         features = {level: pyramid[level] for level in self.teacher.strides}
@@ -189,7 +190,7 @@ class SelfDistiller(StudentWrapper):
             coefficient = self.training_parts["coefficient"](detection_loss, distance)
         # What comes in every so many iterations counts as many times.
         coefficient = coefficient * self.phases.period
-        self.last_distance, self.last_coefficient = distance.detach(), coefficient
+        self.last_distance, self.last_coefficient = map(LoggedValue, (distance, coefficient))
 
         losses.update({name: self.phases.period * x for name, x in teacher_losses.items()})
         losses["loss_distill"] = coefficient * distance + untouched

@@ -50,7 +50,7 @@ def train_one_rank(rank, port, folder):
             sum(losses.values()).backward()
             optimizer.step()
         history.append({n: p.detach().clone() for n, p in model.named_parameters()})
-    torch.save({"parameters": history, "coefficient": model.last_coefficient},
+    torch.save({"parameters": history, "coefficient": float(model.last_coefficient)},
                os.path.join(folder, f"{rank}.pth"))  # fmt: skip
     dist.destroy_process_group()
 

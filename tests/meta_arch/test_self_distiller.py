@@ -28,7 +28,7 @@ def test_loss_dict_names_and_weighting():
     own = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
     assert set(losses) == own | {f"teacher_{name}" for name in own} | {"loss_distill"}
     # weighted exactly once
-    assert losses["loss_distill"].item() == pytest.approx(10 * model.last_distance.item())
+    assert losses["loss_distill"].item() == pytest.approx(10 * float(model.last_distance))
 
 
 def test_student_losses_are_those_of_the_stock_detector():

@@ -5,6 +5,7 @@ import torch
 
 from sssd.losses import PyramidDistillation, ShareController
 from sssd.losses.distillation import DISTANCES
+from sssd.meta_arch.logged_value import LoggedValue
 from sssd.teacher import LabelEncodingTeacher, image_cells
 from sssd.teacher.fusion import INTERACTIONS
 from tests.teacher.scenes import NUM_CLASSES, STRIDES, pyramid, scene
@@ -27,9 +28,11 @@ def step(device, distance="js", **options):
         }
         value = distillation(features, taught, masks)
         detection = sum(x.sum() for x in taught.values())
-        loss = detection + controller(detection.detach(), value.detach()) * value
+        coefficient = controller(detection.detach(), value.detach())
+        logged = LoggedValue(value), LoggedValue(coefficient)
+        loss = detection + coefficient * value
         loss.backward()
-        return loss
+        return loss, logged
 
     return run
 
@@ -44,7 +47,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_no_value_is_asked_for(options):
     # A meta tensor has a shape and no values, so that whatever asks for one fails.
-    assert step("meta", **options)().shape == ()
+    loss, _ = step("meta", **options)()
+    assert loss.shape == ()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         float(torch.zeros((), device="meta"))
 
@@ -56,4 +60,12 @@ def test_nothing_waits_for_the_gpu(options, request):
     run()  # loading a kernel may wait
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     torch.cuda.set_sync_debug_mode("error")
-    run()
+    _, logged = run()
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(float(x) > 0 for x in logged)
+
+
+def test_a_logged_value_is_its_number():
+    value = torch.tensor(2.5, requires_grad=True)
+    assert float(LoggedValue(value)) == float(LoggedValue(value * 1)) == 2.5
+    assert float(LoggedValue(3)) == 3.0
