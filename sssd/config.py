@@ -111,9 +111,9 @@ def add_sssd_config(cfg: CN) -> None:
     # Read the three numbers above as for a run of 180000 iterations and scale them to
     # SOLVER.MAX_ITER.
     cfg.MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER = False
-    # Every how many iterations the teacher takes part. There its losses and the distance count as
-    # many times; the other iterations are those of the plain detector, at its price. Not scaled.
-    cfg.MODEL.SSSD.PHASES.PERIOD = 1
+    # Every how many iterations the teacher has its pass through the heads, and learns. In the
+    # others the student learns from the teacher as it is. Not scaled.
+    cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD = 1
 
     # ---- Where the teacher's optimizer settings differ (LGD trains it with an optimizer of its
     # own, with the same values in its ResNet configs) ----

@@ -87,12 +87,12 @@ def test_the_efficient_preset_leaves_out_the_finest_level_and_every_second_itera
             META_ARCH_REGISTRY.get(x.MODEL.META_ARCHITECTURE)(x) for x in (cfg, faithful)
         )
     assert list(model.teacher.strides) == list(whole.teacher.strides)[1:]
-    assert cfg.MODEL.SSSD.PHASES.PERIOD == 2
+    assert cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD == 2
     has_rois = hasattr(model.student, "roi_heads")
     assert (0.25 if has_rois else 1.0) == cfg.MODEL.SSSD.TEACHER.ROI_FRACTION
     # And nothing else.
     for x in (cfg, faithful):
-        x.MODEL.SSSD.LEVELS, x.MODEL.SSSD.PHASES.PERIOD, x.OUTPUT_DIR = [], 1, ""
+        x.MODEL.SSSD.LEVELS, x.MODEL.SSSD.PHASES.TEACHER_PERIOD, x.OUTPUT_DIR = [], 1, ""
         x.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
     assert cfg.dump() == faithful.dump()
 

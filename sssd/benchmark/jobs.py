@@ -147,9 +147,9 @@ def plan_jobs(
 def cycle_of(jobs: Sequence[Job]) -> int:
     """Iterations after which every training has done all that it does.
 
-    With MODEL.SSSD.PHASES.PERIOD, not every iteration has the teacher.
+    With MODEL.SSSD.PHASES.TEACHER_PERIOD, the teacher's pass is not in every iteration.
     """
-    return math.lcm(*(job.cfg.MODEL.SSSD.PHASES.get("PERIOD", 1) for job in jobs))
+    return math.lcm(*(job.cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD for job in jobs))
 
 
 def _names(paths: Sequence[str]) -> list[str]:

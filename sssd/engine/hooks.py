@@ -26,8 +26,6 @@ class DistillationMetrics(HookBase):
 
     def after_step(self) -> None:
         storage = self.trainer.storage
-        if not self._model.phases.has_teacher(self.trainer.iter):
-            return
         coefficient = float(self._model.last_coefficient)
         storage.put_scalar("loss_distill/coefficient", coefficient, smoothing_hint=False)
         latest = storage.latest()
@@ -39,9 +37,6 @@ class DistillationMetrics(HookBase):
         # The logged loss is the mean over processes; with coefficient 0 there is only our own.
         distance = weighted / coefficient if coefficient else float(self._model.last_distance)
         storage.put_scalar("loss_distill/distance", distance)
-        # In the iterations without the teacher, the student's own losses are all there is.
-        taught = sum(x for name, (x, _) in latest.items() if name.startswith("teacher_loss"))
-        total += (self._model.phases.period - 1) * (total - weighted - taught)
         storage.put_scalar("loss_distill/share", weighted / total if total else 0.0)
 
 

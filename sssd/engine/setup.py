@@ -122,7 +122,8 @@ def describe_distillation(model: SelfDistiller) -> str:
             f"{model.schedule(i):g} from iteration {i}" for i in _changes(model.schedule, phases)
         )
     frozen = phases.freeze_backbone_iters
-    seldom = f"teacher in one of {phases.period} iterations, " if phases.period > 1 else ""
+    period = phases.teacher_period
+    seldom = f"teacher learns in one of {period} iterations, " if period > 1 else ""
     return (
         f"Self-distillation of {type(model.student).__name__}: levels "
         f"{', '.join(model.teacher.strides)}, distance {options['distance']} "

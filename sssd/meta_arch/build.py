@@ -214,5 +214,5 @@ def build_phases(cfg: CfgNode) -> Phases:
         no_distill_iters=keys.NO_DISTILL_ITERS,
         freeze_backbone_iters=keys.FREEZE_BACKBONE_ITERS,
         distill_off_iters=keys.DISTILL_OFF_ITERS,
-        period=keys.PERIOD,
+        teacher_period=keys.TEACHER_PERIOD,
     )

@@ -23,12 +23,14 @@ class Phases:
     """First iterations in which the bottom-up backbone is frozen."""
     distill_off_iters: int = 0
     """Last iterations without a gradient of the distillation term to the student."""
-    period: int = 1
-    """Every how many iterations the teacher takes part; the others are the plain detector's."""
+    teacher_period: int = 1
+    """Every how many iterations the teacher has its pass through the heads, and learns."""
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            raise ValueError(f"MODEL.SSSD.PHASES.PERIOD must be >= 1, got {self.period}.")
+        if self.teacher_period < 1:
+            raise ValueError(
+                f"MODEL.SSSD.PHASES.TEACHER_PERIOD must be >= 1, got {self.teacher_period}."
+            )
         for name in ("no_distill_iters", "freeze_backbone_iters", "distill_off_iters"):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -43,7 +45,7 @@ class Phases:
         no_distill_iters: int,
         freeze_backbone_iters: int,
         distill_off_iters: int,
-        period: int = 1,
+        teacher_period: int = 1,
     ) -> "Phases":
         """Phases given for a run of ``PUBLISHED_MAX_ITER``, scaled to one of ``max_iter``.
 
@@ -58,12 +60,12 @@ class Phases:
             no_distill_iters=scale(no_distill_iters),
             freeze_backbone_iters=scale(freeze_backbone_iters),
             distill_off_iters=scale(distill_off_iters),
-            period=period,
+            teacher_period=teacher_period,
         )
 
-    def has_teacher(self, iteration: int) -> bool:
-        """Whether the teacher takes part."""
-        return iteration % self.period == 0
+    def teaches(self, iteration: int) -> bool:
+        """Whether the teacher has its pass through the heads, and learns."""
+        return iteration % self.teacher_period == 0
 
     def distills(self, iteration: int) -> bool:
         """Whether the distillation term sends a gradient to the student."""

@@ -74,7 +74,7 @@ class SelfDistiller(StudentWrapper):
             teacher: makes the second pyramid (see :mod:`sssd.meta_arch.teachers`).
             distillation: raw distance between the pyramids.
             coefficient: iteration -> weight of the distance, or a controller of its share.
-            phases: when the teacher takes part and the student learns from the distance, when its
+            phases: when the teacher learns and the student learns from it, when the student's
                 backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
             teacher_roi_fraction: fraction of the student's RoIs that the teacher's pass samples.
@@ -139,8 +139,8 @@ class SelfDistiller(StudentWrapper):
         Returns:
             In evaluation, what the student returns. In training, a dict of scalar losses: the
             student's own under their own names, those of the teacher's pass with the prefix
-            "teacher_", and "loss_distill". The student's own losses alone in iterations without
-            the teacher, and without gradients (PreciseBN's passes, a validation loss): there is
+            "teacher_" (in the iterations that have it), and "loss_distill". Without gradients
+            (PreciseBN's passes, a validation loss) the student's own losses alone: there is
             nothing to teach.
         """
         _refuse_export()
@@ -148,8 +148,7 @@ class SelfDistiller(StudentWrapper):
             return self.student(batched_inputs)
 
         iteration = get_event_storage().iter
-        if not self.phases.has_teacher(iteration):
-            return self._student_alone(batched_inputs, iteration)
+        teaches = self.teaches and self.phases.teaches(iteration)
         objects = ground_truth_objects(
             batched_inputs, self.teacher.num_classes, getattr(self.teacher, "mask_strides", None)
         )
@@ -165,15 +164,15 @@ class SelfDistiller(StudentWrapper):
 
         coefficient = None if self.schedule is None else self.schedule(iteration)
         untouched = self.untouched(iteration)
-        if coefficient == 0 and not self.teaches:
+        if coefficient == 0 and not teaches:
             self.last_distance, self.last_coefficient = None, LoggedValue(coefficient)
             return {**losses, "loss_distill": untouched}
 
         features = {level: pyramid[level] for level in self.teacher.strides}
-        with frozen(self.teacher, not self.teaches):
+        with frozen(self.teacher, not teaches):
             taught = self.teacher(features, objects)
         teacher_losses = {}
-        if self.teaches:
+        if teaches:
             with matching.answered():
                 teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
 
@@ -188,21 +187,10 @@ class SelfDistiller(StudentWrapper):
         if coefficient is None:
             detection_loss = sum(losses.values()) + sum(teacher_losses.values())
             coefficient = self.training_parts["coefficient"](detection_loss, distance)
-        # What comes in every so many iterations counts as many times.
-        coefficient = coefficient * self.phases.period
         self.last_distance, self.last_coefficient = map(LoggedValue, (distance, coefficient))
 
-        losses.update({name: self.phases.period * x for name, x in teacher_losses.items()})
+        losses.update(teacher_losses)
         losses["loss_distill"] = coefficient * distance + untouched
-        return losses
-
-    def _student_alone(self, batched_inputs: list[dict[str, Any]], iteration: int) -> dict:
-        """The losses of an iteration without the teacher."""
-        with frozen(self.bottom_up, self.phases.freezes_backbone(iteration)):
-            losses = dict(self.student(batched_inputs))
-        self.last_distance = None
-        name = next(iter(losses))
-        losses[name] = losses[name] + self.untouched(iteration)
         return losses
 
     @torch.no_grad()
@@ -245,9 +233,9 @@ class SelfDistiller(StudentWrapper):
         frozen = []
         if self.phases.freezes_backbone(iteration):
             frozen += self.bottom_up.parameters()
-        if not self.phases.has_teacher(iteration):
-            frozen += self.training_parts.parameters()
-        elif self.schedule is not None and self.schedule(iteration) == 0:
+        if not self.phases.teaches(iteration):
+            frozen += self.teacher.parameters()
+        if self.schedule is not None and self.schedule(iteration) == 0:
             # Without a gradient, weight decay alone would move it.
             frozen += self.training_parts["distillation"].parameters()
         return [p for p in frozen if p.requires_grad]

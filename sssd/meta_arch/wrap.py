@@ -33,8 +33,8 @@ def distill(
         student: any detector with a ``backbone`` that returns a dict of maps of equal width.
         coefficient: iteration -> weight of the distance (:func:`sssd.losses.coefficient_schedule`),
             or a controller of its share.
-        phases: when the teacher takes part and the student learns from the distance, when its
-            backbone is frozen.
+        phases: when the teacher learns and the student learns from it, when the student's backbone
+            is frozen.
         num_classes: classes of the ground truth; 0 for the student's own.
         levels: names of the pyramid levels to distill; empty for all.
         teacher: a teacher that is built already, or options: ``name`` of a registered one

@@ -72,11 +72,8 @@ def test_generated_batches_go_without_a_download():
 def test_a_cycle_has_every_iteration_that_differs():
     jobs = plan_jobs([PLAIN, SSSD])
     assert cycle_of(jobs) == 1
-    phases = jobs[1].cfg.MODEL.SSSD.PHASES
-    if "PERIOD" not in phases:
-        pytest.skip("no key MODEL.SSSD.PHASES.PERIOD")
-    phases.PERIOD = 6
-    jobs[0].cfg.MODEL.SSSD.PHASES.PERIOD = 4
+    jobs[1].cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD = 6
+    jobs[0].cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD = 4
     assert cycle_of(jobs) == 12
 
 

@@ -55,7 +55,7 @@ def test_every_recipe_builds_and_says_what_its_yacs_twin_says(path):
         scale = yacs.SOLVER.MAX_ITER / 180000
         assert model.phases.no_distill_iters == 30000 * scale
         assert model.phases.freeze_backbone_iters == 20000 * scale
-        assert model.phases.period == keys.PHASES.PERIOD
+        assert model.phases.teacher_period == keys.PHASES.TEACHER_PERIOD
         assert model.teacher_roi_fraction == keys.TEACHER.ROI_FRACTION
         assert list(model.teacher.strides) == (keys.LEVELS or list(model.teacher.strides))
     assert type(student) is CLASSES[path.stem.split("_")[0]]

@@ -41,11 +41,11 @@ def sssd(student, max_iter, steps, add_context_box=False, detach_appearance=True
 def sssd_efficient(student, max_iter, steps, levels, teacher_roi_fraction=1.0, **switches):
     """SSSD at a fraction of its price (ours, docs/performance.md).
 
-    The teacher takes part in every second iteration, on ``levels``: all but the finest.
+    The teacher learns in every second iteration, on ``levels``: all but the finest.
     """
     model = sssd(student, max_iter, steps, **switches)
     model.levels, model.teacher_roi_fraction = levels, teacher_roi_fraction
-    model.phases.period = 2
+    model.phases.teacher_period = 2
     return model
 
 
