@@ -38,7 +38,7 @@ MOMENTS = [
     ("evaluation", 24, "SIGKILL"),
     ("evaluation", 24, "SIGTERM"),
 ]
-QUICK = [MOMENTS[i] for i in (2, 8, 13, 17)]
+QUICK = [MOMENTS[i] for i in (8, 17)]
 STATUS = {"SIGKILL": -9, "SIGTERM": 143}
 CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds", "max_memory_mb")
 

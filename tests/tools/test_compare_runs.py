@@ -1,8 +1,7 @@
 """Means, spreads and paired differences of runs."""
 
 import json
-import subprocess
-import sys
+import runpy
 
 import pytest
 
@@ -25,26 +24,24 @@ def runs(tmp_path):
 
 
 def call(*args):
-    return subprocess.run(
-        [sys.executable, REPOSITORY / "tools/compare_runs.py", *map(str, args)],
-        capture_output=True,
-        text=True,
-    )
+    tool = runpy.run_path(str(REPOSITORY / "tools/compare_runs.py"))
+    tool["main"](tool["parse"](list(map(str, args))))
 
 
-def test_differences_are_paired_by_seed(runs):
-    output = call(*sorted(runs.iterdir()), "--reference", "plain").stdout.splitlines()
+def test_differences_are_paired_by_seed(runs, capsys):
+    call(*sorted(runs.iterdir()), "--reference", "plain")
+    output = capsys.readouterr().out.splitlines()
     assert output[2].startswith("| ours | 3 | 68.00 ± 19.97 |")
     assert output[3].startswith("| plain | 3 | 40.00 ± 26.46 |")
     # +1 and +3: mean 2, deviation 1.414, error 1, and t of one degree of freedom 12.706.
     assert output[-1].startswith("| ours | 2 | +2.00 ± 12.71 |")
 
 
-def test_without_a_reference_there_are_no_differences(runs):
-    assert len(call(*sorted(runs.iterdir())).stdout.splitlines()) == 4
+def test_without_a_reference_there_are_no_differences(runs, capsys):
+    call(*sorted(runs.iterdir()))
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_an_unknown_reference_is_named(runs):
-    done = call(*sorted(runs.iterdir()), "--reference", "plan")
-    assert done.returncode == 1
-    assert "error: --reference plan is none of the variants: ours, plain." in done.stderr
+    with pytest.raises(SystemExit, match="--reference plan is none of the variants: ours, plain"):
+        call(*sorted(runs.iterdir()), "--reference", "plan")

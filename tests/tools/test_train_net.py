@@ -89,6 +89,7 @@ def test_train_resume_evaluate_and_export(tmp_path):
     assert slim.keys() == whole.keys() and all(torch.equal(slim[k], whole[k]) for k in slim)
 
 
+@pytest.mark.long
 def test_another_config_in_the_same_folder_cannot_be_resumed(tmp_path):
     write_coco(tmp_path)
     common = [*SMALL, "OUTPUT_DIR", tmp_path / "output", "SOLVER.MAX_ITER", "1"]
@@ -101,8 +102,12 @@ def test_another_config_in_the_same_folder_cannot_be_resumed(tmp_path):
     ("opts", "sentence"),
     [
         (["MODEL.SSSD.STUDENT", "YOLO"], "MODEL.SSSD.STUDENT is 'YOLO'"),
-        (["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "NUM_CLASSES"),
-        (["TEST.AUG.ENABLED", "True"], "Test-time augmentation works on the stock detector"),
+        pytest.param(["MODEL.ROI_HEADS.NUM_CLASSES", "7"], "NUM_CLASSES", marks=pytest.mark.long),
+        pytest.param(
+            ["TEST.AUG.ENABLED", "True"],
+            "Test-time augmentation works on the stock detector",
+            marks=pytest.mark.long,
+        ),
         (["MODEL.WEIGHTS", "no/such/file.pth"], "no/such/file.pth does not exist"),
     ],
 )
