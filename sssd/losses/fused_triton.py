@@ -12,6 +12,9 @@ N: images, C: channels, L: cells of a level, S: parts that the cells of an image
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -19,8 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import triton_kernels as kernels
+from .divergence import js_divergence
+from .normalisation import instance_norm
 
-__all__ = ["is_supported", "normalised_js_divergence"]
+__all__ = ["is_supported", "normalised_js_divergence", "works_on"]
 
 # Elements of a program's block; 16 a thread leave it registers for the blocks it derives from it.
 _BLOCK, _ELEMENTS_PER_WARP = 4096, 16 * 32
@@ -35,18 +40,48 @@ _PROGRAMS, _NEIGHBOURS = 2048, 64
 def is_supported(student: Tensor) -> bool:
     """Whether :func:`normalised_js_divergence` can run on maps such as ``student``, (N, C, H, W).
 
-    It needs Triton, a GPU that Triton compiles for (or, on the CPU, its interpreter), and no more
-    than 2048 channels.
+    It needs Triton, a GPU on which the kernels work (or, on the CPU, Triton's interpreter), and no
+    more than 2048 channels. The first call for a GPU and a precision tries that out.
     """
     if kernels.triton is None or student.dim() != 4 or student.shape[1] > _MOST_CHANNELS:
         return False
     if student.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return False
     if student.is_cuda:
-        return torch.cuda.get_device_capability(student.device) >= (7, 0)
+        return works_on(student.device, student.dtype)
     return student.device.type == "cpu" and not isinstance(
         kernels.forward, kernels.triton.JITFunction
     )
+
+
+@functools.cache
+def works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compile for a device, and compute there what the eager functions do.
+
+    Drivers, compilers and GPUs are many. Where it is not so, a warning says why.
+    """
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 5, 3, 4, generator=generator).to(device, dtype) for _ in range(2)]
+    student, teacher = maps[0].requires_grad_(), maps[1]
+    try:
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            value = normalised_js_divergence(student, teacher)
+            normalised = [instance_norm(x) for x in (student, teacher)]
+            expected = js_divergence(*normalised, log_base=math.e, reduction="sum")
+            (gradient,), (of_expected,) = (
+                torch.autograd.grad(x, student) for x in (value, expected)
+            )
+        torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(gradient, of_expected, atol=1e-2, rtol=1e-2)
+    except Exception as error:  # of the compiler, of the driver, or of the comparison
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        warnings.warn(
+            f"The Triton kernels of the distance do not work on {device} in {dtype} ({reason}); "
+            "the slower functions of torch take their place.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def normalised_js_divergence(

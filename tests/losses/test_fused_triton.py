@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import math
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -250,6 +251,31 @@ def test_what_is_supported(maps):
     assert is_supported(student.new_empty(1, 2048, 1, 1))
     assert not is_supported(student.new_empty(1, 2049, 1, 1))
     assert not is_supported(student.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_kernels_are_tried_out_before_they_are_used(device, dtype):
+    fused_triton.works_on.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused_triton.works_on(device, dtype)
+
+
+@pytest.mark.parametrize("fault", ["fails", "computes something else"])
+def test_kernels_that_do_not_work_are_left_out_with_the_reason(device, monkeypatch, fault):
+    apply = fused_triton._NormalisedJS.apply
+
+    def faulty(*args):
+        if fault == "fails":
+            raise RuntimeError("no kernel image is available")
+        return 1.01 * apply(*args)
+
+    fused_triton.works_on.cache_clear()
+    monkeypatch.setattr(fused_triton._NormalisedJS, "apply", faulty)
+    reason = "no kernel image" if fault == "fails" else "not close"
+    with pytest.warns(UserWarning, match=rf"do not work on {device.type}.*float32 \(.*{reason}"):
+        assert not fused_triton.works_on(device, torch.float32)
+    fused_triton.works_on.cache_clear()
 
 
 def test_without_triton_nothing_is_supported(monkeypatch):
