@@ -41,7 +41,7 @@ from sssd.benchmark.environment import (
     print_progress,
     reserve,
 )
-from sssd.benchmark.jobs import BenchmarkError, Setting, Variant, cycle_of, plan_jobs
+from sssd.benchmark.jobs import BenchmarkError, Job, Setting, Variant, cycle_of, plan_jobs
 from sssd.engine import user_errors
 from sssd.engine.training_step import PRECISIONS
 
@@ -51,23 +51,7 @@ WARMUP = 3  # steps
 def main(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     setting = setting_of(args)
-    variants = [Variant(name, tuple(opts)) for name, *opts in args.variant]
-    counts = args.objects or [None]
-    jobs = []
-    for count in counts:
-        with_objects = setting
-        if count is not None:
-            with_objects = replace(setting, data=replace(setting.data, objects=count))
-        planned = plan_jobs(
-            args.config_file,
-            args.opts,
-            variants=variants,
-            device=device,
-            stage=args.stage,
-            setting=with_objects,
-        )
-        suffix = f", {count} objects" if len(counts) > 1 else ""
-        jobs += [replace(job, name=job.name + suffix) for job in planned]
+    jobs = jobs_of(args, setting, device)
     for download in sorted({job.download for job in jobs} - {""}):
         print_progress(f"random weights instead of the download {download}")
     cycle = cycle_of(jobs)
@@ -129,6 +113,30 @@ def main(args: argparse.Namespace) -> None:
     if inference:
         texts += [report_of.inference_table(inference), report_of.INFERENCE_NOTES]
     print("\n\n".join([*texts, circumstances(report)]))
+
+
+def jobs_of(args: argparse.Namespace, setting: Setting, device: str) -> list[Job]:
+    """The rows: of each number of objects, all configs and variants."""
+    variants = [Variant(name, tuple(opts)) for name, *opts in args.variant]
+    settings = {"": setting}
+    if args.objects is not None:
+        settings = {
+            f", {count} objects": replace(setting, data=replace(setting.data, objects=count))
+            for count in args.objects
+        }
+    jobs = []
+    for suffix, own_setting in settings.items():
+        planned = plan_jobs(
+            args.config_file,
+            args.opts,
+            variants=variants,
+            device=device,
+            stage=args.stage,
+            setting=own_setting,
+        )
+        suffix = suffix if len(settings) > 1 else ""
+        jobs += [replace(job, name=job.name + suffix) for job in planned]
+    return jobs
 
 
 def described_data(setting: Setting, objects: Sequence[int] | None) -> dict[str, Any] | None:

@@ -114,3 +114,15 @@ def test_the_command_line_of_variants_and_generated_batches():
     args, setting = parse("--config-file", "A.yaml", "--objects", "7", "300")
     assert args.objects == [7, 300] and setting.data == GeneratedData()
     assert parse("--config-file", "A.yaml", "--batch", "2")[1] == Setting(batch=2)
+
+
+def test_each_number_of_objects_has_rows_of_its_own():
+    tool = runpy.run_path(str(REPOSITORY / "tools/benchmark.py"))
+    args = tool["parse"](
+        ["--config-file", PLAIN, SSSD, "--variant", "mse", "MODEL.SSSD.DISTANCE.NAME", "mse",
+         "--objects", "3", "20"]
+    )  # fmt: skip
+    jobs = tool["jobs_of"](args, tool["setting_of"](args), "cpu")
+    assert [job.name.split(", ")[1] for job in jobs] == ["3 objects"] * 3 + ["20 objects"] * 3
+    assert [job.setting.data.objects for job in jobs] == [3] * 3 + [20] * 3
+    assert jobs[2].name == "mse, 3 objects" and jobs[5].cfg.MODEL.SSSD.DISTANCE.NAME == "mse"
