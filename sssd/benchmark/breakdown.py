@@ -14,6 +14,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..meta_arch.passes import replaced_attribute
 from .memory import synchronise
 
 __all__ = ["BACKWARD", "PARTS", "marked_parts", "profile_steps", "read_profile"]
@@ -69,10 +70,12 @@ def marked_parts(trainer: Any) -> Iterator[None]:
     mark = _Marker(trainer._trainer.device)
     with ExitStack() as stack:
         for owner, name, part in _marked_methods(trainer.checkpointer.model):
-            stack.enter_context(_replaced(owner, name, mark(getattr(owner, name), part)))
+            stack.enter_context(replaced_attribute(owner, name, mark(getattr(owner, name), part)))
         backward = mark(torch.Tensor.backward, BACKWARD)
         optimizer = trainer._trainer.optimizer
-        stack.enter_context(_replaced(optimizer, "step", mark(optimizer.step, "optimizer")))
+        stack.enter_context(
+            replaced_attribute(optimizer, "step", mark(optimizer.step, "optimizer"))
+        )
         torch.Tensor.backward, unmarked = backward, torch.Tensor.backward
         stack.callback(setattr, torch.Tensor, "backward", unmarked)
         yield
@@ -118,21 +121,6 @@ class _Marker:
                 self._inside = False
 
         return marked
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of the instance, and afterwards puts back what the instance had, if any."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del vars(owner)[name]
-        else:
-            vars(owner)[name] = before
 
 
 def read_profile(events: list[FunctionEvent]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ __all__ = [
     "forked_random_state",
     "frozen",
     "in_evaluation_mode",
+    "replaced_attribute",
     "replaced_forward",
     "replayed_pyramid",
 ]
@@ -78,7 +79,7 @@ def fewer_rois(student: nn.Module, fraction: float) -> Iterator[None]:
         for heads in student.modules():
             if isinstance(heads, ROIHeads):
                 count = max(round(fraction * heads.batch_size_per_image), 1)
-                stack.enter_context(_attribute(heads, "batch_size_per_image", count))
+                stack.enter_context(replaced_attribute(heads, "batch_size_per_image", count))
         yield
 
 
@@ -124,7 +125,7 @@ class AnchorMatching:
                 def replacement(*args: Any, index: int = index, method=method, **kwargs: Any):
                     return call(index, method, args, kwargs)
 
-                stack.enter_context(_attribute(module, name, replacement))
+                stack.enter_context(replaced_attribute(module, name, replacement))
             yield
 
     def _record(self, index: int, method: Callable, args: tuple, kwargs: dict) -> Any:
@@ -200,23 +201,23 @@ def forked_random_state(device: torch.device | None = None):
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """``module`` computes ``forward`` instead of its own."""
-    with _attribute(module, "forward", forward):
+    with replaced_attribute(module, "forward", forward):
         yield
 
 
 @contextmanager
-def _attribute(module: nn.Module, name: str, value: object) -> Iterator[None]:
+def replaced_attribute(owner: object, name: str, value: object) -> Iterator[None]:
     """Sets an attribute of the instance and afterwards puts back what the instance had, if any."""
     missing = object()
-    before = module.__dict__.get(name, missing)
-    module.__dict__[name] = value
+    before = vars(owner).get(name, missing)
+    vars(owner)[name] = value
     try:
         yield
     finally:
         if before is missing:
-            del module.__dict__[name]
+            del vars(owner)[name]
         else:
-            module.__dict__[name] = before
+            vars(owner)[name] = before
 
 
 @contextmanager
