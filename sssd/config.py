@@ -23,6 +23,8 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.NUM_CLASSES = 0
     # Names of the pyramid levels to distill, such as ["p3", "p4"]; empty for all.
     cfg.MODEL.SSSD.LEVELS = []
+    # Names of those that teacher and distance see at half their resolution, such as ["p2"].
+    cfg.MODEL.SSSD.HALVED_LEVELS = []
 
     # ---- The training-only branch that turns labels and maps into the second pyramid ----
     cfg.MODEL.SSSD.TEACHER = CN()

@@ -76,7 +76,7 @@ def test_distillation_is_active_for_more_than_half_of_the_run(path):
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "efficient" in name(p)], ids=name)
-def test_the_efficient_preset_leaves_out_the_finest_level_and_every_second_iteration(path):
+def test_the_efficient_preset_halves_the_finest_level_and_every_second_pass(path):
     cfg = load_config(str(path))
     if path.parent.name in BY_DATASET:
         faithful = load_config(str(path.with_name(path.name.replace("_efficient", ""))))
@@ -86,13 +86,14 @@ def test_the_efficient_preset_leaves_out_the_finest_level_and_every_second_itera
         model, whole = (
             META_ARCH_REGISTRY.get(x.MODEL.META_ARCHITECTURE)(x) for x in (cfg, faithful)
         )
-    assert list(model.teacher.strides) == list(whole.teacher.strides)[1:]
+    assert list(model.coarsening.values()) == [2, 1, 1, 1, 1]
+    assert list(model.teacher.strides) == list(whole.teacher.strides)
     assert cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD == 2
     has_rois = hasattr(model.student, "roi_heads")
     assert (0.25 if has_rois else 1.0) == cfg.MODEL.SSSD.TEACHER.ROI_FRACTION
     # And nothing else.
     for x in (cfg, faithful):
-        x.MODEL.SSSD.LEVELS, x.MODEL.SSSD.PHASES.TEACHER_PERIOD, x.OUTPUT_DIR = [], 1, ""
+        x.MODEL.SSSD.HALVED_LEVELS, x.MODEL.SSSD.PHASES.TEACHER_PERIOD, x.OUTPUT_DIR = [], 1, ""
         x.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
     assert cfg.dump() == faithful.dump()
 

@@ -30,6 +30,7 @@ from .passes import (
 )
 from .phases import Phases
 from .pooling import pooled_over_cells
+from .resolution import coarsened, enlarged
 from .student_wrapper import StudentWrapper
 
 __all__ = ["SelfDistiller"]
@@ -124,6 +125,7 @@ class SelfDistiller(StudentWrapper):
                 student,
                 num_classes=keys.NUM_CLASSES,
                 levels=keys.LEVELS,
+                halved_levels=keys.HALVED_LEVELS,
                 teacher=teacher,
                 distance={"distance": distance.pop("name"), **distance},
             ),
@@ -168,13 +170,14 @@ class SelfDistiller(StudentWrapper):
             self.last_distance, self.last_coefficient = None, LoggedValue(coefficient)
             return {**losses, "loss_distill": untouched}
 
-        features = {level: pyramid[level] for level in self.teacher.strides}
+        features = coarsened(pyramid, self.coarsening)
         with frozen(self.teacher, not teaches):
             taught = self.teacher(features, objects)
         teacher_losses = {}
         if teaches:
             with matching.answered():
-                teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
+                replayed = {**_detached(pyramid), **enlarged(taught, pyramid)}
+                teacher_losses = self._replay(batched_inputs, replayed)
 
         if not self.phases.distills(iteration):
             features = _detached(features)
@@ -210,13 +213,19 @@ class SelfDistiller(StudentWrapper):
         )
         with captured_pyramid(self.student.backbone) as pyramid:
             self.student(batched_inputs)
-        taught = self.teacher(pyramid, objects)
-        with replayed_pyramid(self.student, {**pyramid, **taught}):
+        taught = self.teacher(coarsened(pyramid, self.coarsening), objects)
+        with replayed_pyramid(self.student, {**pyramid, **enlarged(taught, pyramid)}):
             return self.student(batched_inputs)
 
     @property
     def teacher(self) -> nn.Module:
         return self.training_parts["teacher"]
+
+    @property
+    def coarsening(self) -> dict[str, int]:
+        """Taught level -> cells of the student's along a cell of the teacher's."""
+        shapes = self.student.backbone.output_shape()
+        return {x: stride // shapes[x].stride for x, stride in self.teacher.strides.items()}
 
     @property
     def teaches(self) -> bool:

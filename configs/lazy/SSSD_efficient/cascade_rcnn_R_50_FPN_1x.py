@@ -9,6 +9,6 @@ model = sssd_efficient(
     cascade_rcnn,
     train.max_iter,
     [60000, 80000],
-    levels=["p3", "p4", "p5", "p6"],
+    halved_levels=["p2"],
     teacher_roi_fraction=0.25,
 )

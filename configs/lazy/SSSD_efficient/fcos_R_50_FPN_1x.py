@@ -6,6 +6,6 @@ from ..common.schedules import optimizer
 from ..common.schedules import train_1x as train
 
 model = sssd_efficient(
-    fcos, train.max_iter, [60000, 80000], detach_appearance=False, levels=["p4", "p5", "p6", "p7"]
+    fcos, train.max_iter, [60000, 80000], detach_appearance=False, halved_levels=["p3"]
 )
 optimizer.lr = 0.01

@@ -9,7 +9,7 @@ model = sssd_efficient(
     mask_rcnn,
     train.max_iter,
     [120000, 160000],
-    levels=["p3", "p4", "p5", "p6"],
+    halved_levels=["p2"],
     teacher_roi_fraction=0.25,
 )
 dataloader.train.mapper.use_instance_mask = True

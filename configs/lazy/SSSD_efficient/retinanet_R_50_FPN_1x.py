@@ -11,6 +11,6 @@ model = sssd_efficient(
     [60000, 80000],
     add_context_box=True,
     detach_appearance=False,
-    levels=["p4", "p5", "p6", "p7"],
+    halved_levels=["p3"],
 )
 optimizer.lr = 0.01

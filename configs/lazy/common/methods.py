@@ -38,13 +38,14 @@ def sssd(student, max_iter, steps, add_context_box=False, detach_appearance=True
     return _method(student, max_iter, steps, distance, values, add_context_box, detach_appearance)
 
 
-def sssd_efficient(student, max_iter, steps, levels, teacher_roi_fraction=1.0, **switches):
+def sssd_efficient(student, max_iter, steps, halved_levels, teacher_roi_fraction=1.0, **switches):
     """SSSD at a fraction of its price (ours, docs/performance.md).
 
-    The teacher learns in every second iteration, on ``levels``: all but the finest.
+    The teacher learns in every second iteration, and sees ``halved_levels``, the finest, at half
+    their resolution.
     """
     model = sssd(student, max_iter, steps, **switches)
-    model.levels, model.teacher_roi_fraction = levels, teacher_roi_fraction
+    model.halved_levels, model.teacher_roi_fraction = halved_levels, teacher_roi_fraction
     model.phases.teacher_period = 2
     return model
 
