@@ -20,7 +20,6 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -41,7 +40,15 @@ from sssd.benchmark.environment import (
     print_progress,
     reserve,
 )
-from sssd.benchmark.jobs import BenchmarkError, Job, Setting, Variant, cycle_of, plan_jobs
+from sssd.benchmark.jobs import (
+    BenchmarkError,
+    Job,
+    Setting,
+    Variant,
+    chosen_device,
+    cycle_of,
+    plan_jobs,
+)
 from sssd.engine import user_errors
 from sssd.engine.training_step import PRECISIONS
 
@@ -49,7 +56,7 @@ WARMUP = 3  # steps
 
 
 def main(args: argparse.Namespace) -> None:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(args.device)
     setting = setting_of(args)
     jobs = jobs_of(args, setting, device)
     for download in sorted({job.download for job in jobs} - {""}):
@@ -237,8 +244,5 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        try:
-            main(parse())
-        except BenchmarkError as error:
-            sys.exit(f"error: {error}")
+    with user_errors(BenchmarkError):
+        main(parse())

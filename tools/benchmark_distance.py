@@ -14,7 +14,6 @@ import sssd  # noqa: F401  (before Detectron2: it applies the compatibility laye
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -30,15 +29,13 @@ from sssd.benchmark.environment import (
     print_progress,
     reserve,
 )
-from sssd.benchmark.jobs import BenchmarkError
+from sssd.benchmark.jobs import BenchmarkError, chosen_device
 from sssd.engine import user_errors
 from sssd.engine.training_step import PRECISIONS
 
 
 def main(args: argparse.Namespace) -> None:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BenchmarkError(f"There is no device {device} here: use --device cpu.")
+    device = chosen_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     reserve(args.json)
@@ -94,8 +91,5 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with user_errors():
-        try:
-            main(parse())
-        except BenchmarkError as error:
-            sys.exit(f"error: {error}")
+    with user_errors(BenchmarkError):
+        main(parse())

@@ -9,14 +9,13 @@ has the differences to that variant, paired by seed, with their 95 % intervals (
 
 import argparse
 import re
-import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sssd.engine import user_errors
-from sssd.evaluation.comparison_table import paired_interval
+from sssd.evaluation.comparison_table import markdown_table, paired_difference, spread
 from sssd.visualization import read_metrics
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -37,48 +36,31 @@ def main(args: argparse.Namespace) -> None:
         if named is None:
             sys.exit(f"error: the folder {folder} is not named VARIANT_seedN.")
         variants[named[1]][int(named[2])] = final_figures(folder)
-    print_row(["variant", "seeds", *COLUMNS])
-    print("|" + "---|" * (2 + len(COLUMNS)))
-    for variant, runs in variants.items():
-        print_row([variant, str(len(runs)), *(spread(runs, column) for column in COLUMNS)])
+    rows = [
+        [
+            variant,
+            len(runs),
+            *(spread([run[column] for run in runs.values()]) for column in COLUMNS),
+        ]
+        for variant, runs in variants.items()
+    ]
+    print(markdown_table(["variant", "seeds", *COLUMNS], rows), end="")
     if args.reference is None:
         return
     if args.reference not in variants:
         known = ", ".join(variants)
         sys.exit(f"error: --reference {args.reference} is none of the variants: {known}.")
     reference = variants.pop(args.reference)
-    print()
-    print_row([f"difference to {args.reference}", "seeds of both", *COLUMNS])
-    print("|" + "---|" * (2 + len(COLUMNS)))
+    rows = []
     for variant, runs in variants.items():
         seeds = sorted(set(runs) & set(reference))
-        cells = [difference(runs, reference, seeds, column) for column in COLUMNS]
-        print_row([variant, str(len(seeds)), *cells])
-
-
-def print_row(cells: Sequence[str]) -> None:
-    print(f"| {' | '.join(cells)} |")
-
-
-def spread(runs: Mapping[int, Mapping[str, float]], column: str) -> str:
-    """Mean and standard deviation over the seeds."""
-    values = [run[column] for run in runs.values()]
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
-
-
-def difference(
-    runs: Mapping[int, Mapping[str, float]],
-    reference: Mapping[int, Mapping[str, float]],
-    seeds: Sequence[int],
-    column: str,
-) -> str:
-    """Mean difference over the seeds, and half the width of its interval."""
-    if len(seeds) < 2:
-        return "-"
-    values, baseline = ([x[seed][column] for seed in seeds] for x in (runs, reference))
-    mean, half_width = paired_interval(values, baseline)
-    return f"{mean:+.2f} ± {half_width:.2f}"
+        cells = [
+            paired_difference(*([x[seed][column] for seed in seeds] for x in (runs, reference)))
+            for column in COLUMNS
+        ]
+        rows.append([variant, len(seeds), *(cell or "-" for cell in cells)])
+    header = [f"difference to {args.reference}", "seeds of both", *COLUMNS]
+    print(f"\n{markdown_table(header, rows)}", end="")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..losses import instance_norm, normalised_js_divergence, pyramid_distance
 from ..losses.divergence import stable_root
+from ..losses.fused import is_supported
 from ..losses.pyramid import count_elements
 from .compile import check_compiler
 from .jobs import BenchmarkError
 
 __all__ = ["Distance", "Row", "plan_rows"]
 
-TRITON = "sssd.losses.fused_triton"
 LIGER = "liger_kernel.transformers"
 
 
@@ -57,9 +57,12 @@ def plan_rows(
         _row("MSE, normalised", _eager("mse", normalises=True)),
         _row("JS", _eager("js", normalises=False)),
         _row("JS, normalised", _eager("js", normalises=True)),
-        _row("JS, normalised, fused", _fused(normalised_js_divergence)),
     ]
     notes = []
+    if is_supported(torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)):
+        rows.append(_row("JS, normalised, fused", _fused))  # on a GPU, Triton's kernels
+    else:
+        notes.append("Triton's kernels do not support these maps here.")
     if compiles:
         try:
             check_compiler(torch.device(device))
@@ -70,9 +73,6 @@ def plan_rows(
     if not device.startswith("cuda"):
         notes.append("Triton's kernel and liger-kernel's need a GPU.")
         return rows, notes
-    function = _triton(device, dtype, notes)
-    if function is not None:
-        rows.append(_row("JS, normalised, Triton", _fused(function)))
     if importlib.util.find_spec("liger_kernel") is None:
         notes.append("liger-kernel is not installed.")
     else:
@@ -105,26 +105,10 @@ def _eager(distance: str, normalises: bool) -> Callable[[Tensor, Tensor, Tensor 
     return compute
 
 
-def _fused(divergence: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fused(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over all elements and root, as :class:`sssd.losses.PyramidDistillation` takes them."""
-
-    def compute(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        nats = divergence(student, teacher, mask)
-        return stable_root(nats / math.log(2) / count_elements(student, mask))
-
-    return compute
-
-
-def _triton(device: str, dtype: torch.dtype, notes: list[str]) -> Callable[..., Tensor] | None:
-    try:
-        module = importlib.import_module(TRITON)
-    except ImportError as error:
-        notes.append(f"Triton's kernel is not there ({error}).")
-        return None
-    if not module.is_supported(torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)):
-        notes.append("Triton's kernel does not support these maps.")
-        return None
-    return module.normalised_js_divergence
+    nats = normalised_js_divergence(student, teacher, mask)
+    return stable_root(nats / math.log(2) / count_elements(student, mask))
 
 
 def _log_probabilities(maps: Tensor) -> Tensor:

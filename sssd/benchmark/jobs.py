@@ -15,7 +15,7 @@ from ..engine.stages import plan_stages
 from .data import GeneratedData
 from .weights import without_download
 
-__all__ = ["BenchmarkError", "Job", "Setting", "Variant", "cycle_of", "plan_jobs"]
+__all__ = ["BenchmarkError", "Job", "Setting", "Variant", "chosen_device", "cycle_of", "plan_jobs"]
 
 LABELENC_STEPS = ("step1", "step2")
 CLASS_COUNTS = (
@@ -87,6 +87,18 @@ class Job:
     download: str = ""
 
 
+def chosen_device(name: str) -> str:
+    """The device of that name; of an empty one, a GPU if there is one.
+
+    Raises:
+        BenchmarkError: it is a GPU, and there is none.
+    """
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BenchmarkError(f"There is no device {device} here: use --device cpu.")
+    return device
+
+
 def plan_jobs(
     config_files: Sequence[str],
     opts: Sequence[str] = (),
@@ -113,8 +125,7 @@ def plan_jobs(
         ConfigError: there is no such key, or a value is of another type.
         ValueError: a config does not describe its stages as it should.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BenchmarkError(f"There is no device {device} here: use --device cpu.")
+    device = chosen_device(device)
     for given in (opts, *(variant.opts for variant in variants)):
         if len(given) % 2:
             raise BenchmarkError(

@@ -28,15 +28,19 @@ USER_ERRORS = (
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Ends the program with the sentence of an error that needs no traceback."""
+def user_errors(*others: type[Exception]) -> Iterator[None]:
+    """Ends the program with the sentence of an error that needs no traceback.
+
+    Args:
+        others: errors of this program's own, besides `USER_ERRORS`.
+    """
     try:
         yield
     except OSError as error:
         if not is_of_a_file(error):
             raise
         sys.exit(f"error: {_reason(complaint(error))}.")
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, *others) as error:
         sys.exit(f"error: {_reason(str(error))}")
 
 

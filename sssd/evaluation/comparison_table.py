@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Row", "comparison_rows", "markdown_table", "paired_interval"]
+__all__ = [
+    "Row",
+    "comparison_rows",
+    "markdown_table",
+    "paired_difference",
+    "paired_interval",
+    "spread",
+]
 
 Record = Mapping[str, Any]
 
@@ -46,6 +53,14 @@ def paired_interval(values: Sequence[float], baseline: Sequence[float]) -> tuple
     return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * error
 
 
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> str:
+    """The interval of :func:`paired_interval`, ready to print; empty for fewer than two figures."""
+    if len(values) < 2:
+        return ""
+    mean, half = paired_interval(values, baseline)
+    return f"{mean:+.2f} ± {half:.2f}"
+
+
 def comparison_rows(
     records: Mapping[str, Sequence[Record]], *, baseline: str, metric: str, split: str = "test"
 ) -> list[Row]:
@@ -64,17 +79,16 @@ def comparison_rows(
             continue
         paired = [(r[split][metric], reference[r["seed"]]) for r in runs if r["seed"] in reference]
         difference = ""
-        if method != baseline and len(paired) > 1:
-            mean, half = paired_interval(*zip(*paired, strict=True))
-            difference = f"{mean:+.2f} ± {half:.2f}"
+        if method != baseline and paired:
+            difference = paired_difference(*zip(*paired, strict=True))
         ensembles = [
             [r[split][key] for r in runs]
             for key in runs[0][split]
             if key.startswith("ensemble") and key.endswith(metric.rpartition("/")[2])
         ]
         best = max(ensembles, key=statistics.mean, default=())
-        accuracy = _spread([r[split][metric] for r in runs])
-        rows.append(Row(method, len(runs), accuracy, difference, _spread(best), _settings(runs[0])))
+        accuracy = spread([r[split][metric] for r in runs])
+        rows.append(Row(method, len(runs), accuracy, difference, spread(best), _settings(runs[0])))
     return rows
 
 
@@ -84,7 +98,8 @@ def markdown_table(header: Sequence[str], cells: Sequence[Sequence[object]]) -> 
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several figures, standard deviation, ready to print."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.2f}"

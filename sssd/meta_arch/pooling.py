@@ -85,14 +85,14 @@ def roi_align(
     channels, height, width = maps.shape[1:]
     if not len(regions):
         return maps.new_zeros(0, channels, rows, columns) + 0 * maps.sum()  # (with its graph)
-    images = regions[:, 0].long()
-    x1, y1, x2, y2 = (regions[:, 1:].to(maps.dtype) * spatial_scale - 0.5 * aligned).unbind(1)
     cells, weights, counts = [], [], []
-    for part in torch.arange(len(regions)).split(_REGIONS):
-        row, of_row = _axis(y1[part], y2[part], height, rows, sampling_ratio, aligned)
-        column, of_column = _axis(x1[part], x2[part], width, columns, sampling_ratio, aligned)
+    for part in regions.split(_REGIONS):
+        images = part[:, 0].long()
+        x1, y1, x2, y2 = (part[:, 1:].to(maps.dtype) * spatial_scale - 0.5 * aligned).unbind(1)
+        row, of_row = _axis(y1, y2, height, rows, sampling_ratio, aligned)
+        column, of_column = _axis(x1, x2, width, columns, sampling_ratio, aligned)
         # (regions, rows, columns, K of rows, K of columns)
-        cell = (images[part, None, None, None, None] * height + row[:, :, None, :, None]) * width
+        cell = (images[:, None, None, None, None] * height + row[:, :, None, :, None]) * width
         cell = (cell + column[:, None, :, None, :]).flatten(0, 2).flatten(1)
         weight = of_row[:, :, None, :, None] * of_column[:, None, :, None, :]
         weight = weight.flatten(0, 2).flatten(1)
