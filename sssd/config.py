@@ -23,8 +23,6 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.NUM_CLASSES = 0
     # Names of the pyramid levels to distill, such as ["p3", "p4"]; empty for all.
     cfg.MODEL.SSSD.LEVELS = []
-    # Names of those that teacher and distance see at half their resolution, such as ["p2"].
-    cfg.MODEL.SSSD.HALVED_LEVELS = []
 
     # ---- The training-only branch that turns labels and maps into the second pyramid ----
     cfg.MODEL.SSSD.TEACHER = CN()
@@ -41,6 +39,9 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
     # Width of the object embeddings; 0 for the pyramid's width.
     cfg.MODEL.SSSD.TEACHER.EMBED_DIM = 0
+    # Width of the maps that the teacher refines, before the last convolution; 0 for the pyramid's
+    # width (LGD).
+    cfg.MODEL.SSSD.TEACHER.REFINEMENT_DIM = 0
     # Attention heads among the objects of an image.
     cfg.MODEL.SSSD.TEACHER.NUM_HEADS = 8
     # Add an object without class that covers the whole image (LGD: not for Faster R-CNN).
@@ -85,6 +86,8 @@ def add_sssd_config(cfg: CN) -> None:
     # Normalisation of both pyramids before the distance: "instance" (LGD; the published
     # coefficients assume it) or "layer" (LabelEnc).
     cfg.MODEL.SSSD.DISTANCE.NORM = "instance"
+    # Width of the maps inside the student's adapter; 0 for the pyramid's width (LGD).
+    cfg.MODEL.SSSD.DISTANCE.ADAPTER_DIM = 0
     # Leave the padded cells of a batch out of the distance (LGD counts them).
     cfg.MODEL.SSSD.DISTANCE.MASK_PADDING = True
 

@@ -76,25 +76,27 @@ def test_distillation_is_active_for_more_than_half_of_the_run(path):
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "efficient" in name(p)], ids=name)
-def test_the_efficient_preset_halves_the_finest_level_and_every_second_pass(path):
+def test_the_efficient_preset_is_narrow_and_saves_what_the_second_pass_of_its_heads_costs(path):
     cfg = load_config(str(path))
     if path.parent.name in BY_DATASET:
         faithful = load_config(str(path.with_name(path.name.replace("_efficient", ""))))
     else:
         faithful = load_config(str(path.parent.parent / "SSSD" / path.name))
     with torch.device("meta"):
-        model, whole = (
-            META_ARCH_REGISTRY.get(x.MODEL.META_ARCHITECTURE)(x) for x in (cfg, faithful)
-        )
-    assert list(model.coarsening.values()) == [2, 1, 1, 1, 1]
-    assert list(model.teacher.strides) == list(whole.teacher.strides)
-    assert cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD == 2
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    refinement = model.teacher.painter.refinement
+    width = refinement[-2].out_channels
+    assert refinement[0].in_channels == width // 4
+    assert model.training_parts["distillation"].adapter[2].in_channels == width // 4
     has_rois = hasattr(model.student, "roi_heads")
-    assert (0.25 if has_rois else 1.0) == cfg.MODEL.SSSD.TEACHER.ROI_FRACTION
+    keys = cfg.MODEL.SSSD
+    saved = (keys.TEACHER.ROI_FRACTION, keys.PHASES.TEACHER_PERIOD)
+    assert saved == ((0.5, 1) if has_rois else (1.0, 2))
     # And nothing else.
     for x in (cfg, faithful):
-        x.MODEL.SSSD.HALVED_LEVELS, x.MODEL.SSSD.PHASES.TEACHER_PERIOD, x.OUTPUT_DIR = [], 1, ""
-        x.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
+        x.MODEL.SSSD.TEACHER.REFINEMENT_DIM = x.MODEL.SSSD.DISTANCE.ADAPTER_DIM = 0
+        x.MODEL.SSSD.TEACHER.ROI_FRACTION, x.MODEL.SSSD.PHASES.TEACHER_PERIOD = 1.0, 1
+        x.OUTPUT_DIR = ""
     assert cfg.dump() == faithful.dump()
 
 

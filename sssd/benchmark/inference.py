@@ -15,7 +15,7 @@ from ..engine.export import stock_config
 from ..engine.training_step import PRECISIONS
 from .compile import compile_parts
 from .jobs import CLASSIFIER, Job
-from .memory import PeakMemory, synchronise, use_torch_once
+from .memory import PeakMemory, separate_blocks, synchronise, use_torch_once
 from .operators import (
     compare_operators,
     digest_of_operators,
@@ -73,9 +73,15 @@ class InferenceInTurns:
         return self._description
 
     def warm_up(self, count: int) -> None:
-        """Runs passes that do not count."""
+        """Runs passes whose time does not count.
+
+        On a CPU, the memory of the last one is what counts (`separate_blocks`).
+        """
         self.run(count)
         self._memory.restart_peak()
+        self.run(1)
+        self._memory.stop_on_cpu()
+        separate_blocks(False)
 
     def run(self, count: int) -> dict[str, Any]:
         """Runs passes of one image each; see `TrainingInTurns.run` for what it returns."""

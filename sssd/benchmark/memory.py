@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["PeakMemory", "synchronise", "use_torch_once"]
+__all__ = ["PeakMemory", "separate_blocks", "synchronise", "use_torch_once"]
+
+# Of GNU's malloc.h.
+_MMAP_THRESHOLD = -3
+_TRIM_THRESHOLD = -1
 
 
 class PeakMemory:
@@ -17,11 +21,13 @@ class PeakMemory:
     On a GPU, that is what torch has allocated there, weights included. On a CPU it is the resident
     set of the process, of which only what comes on top of its start counts: libraries, weights and
     the data set were there before; activations, gradients and the optimizer's state come on top.
+    What tensors need shows with `separate_blocks` only.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before: int | None = 0
+        self._kept: dict[str, int | None] | None = None
         gc.collect()
         if device.type == "cuda":
             self.restart_peak()
@@ -45,14 +51,36 @@ class PeakMemory:
         except OSError:
             self._before = None
 
+    def stop_on_cpu(self) -> None:
+        """What a CPU uses from now on does not count."""
+        if self._device.type == "cpu":
+            self._kept = self.read()
+
     def read(self) -> dict[str, int | None]:
         """``before`` and ``peak`` in bytes; on a GPU ``before`` is 0. None where unknown."""
+        if self._kept is not None:
+            return self._kept
         if self._device.type == "cuda":
             return {"before": 0, "peak": torch.cuda.max_memory_allocated(self._device)}
         return {
             "before": self._before,
             "peak": None if self._before is None else _status("VmHWM"),
         }
+
+
+def separate_blocks(separate: bool) -> None:
+    """Whether the resident set is what tensors in use take, or what the allocator holds as well.
+
+    GNU's allocator keeps freed blocks for others of their size, so a step whose tensors have many
+    sizes can seem to need more memory than one whose tensors are larger. If they are separate, each
+    tensor of a MiB or more has pages of its own, which the system gets back with it (and has to
+    clear for the next one: steps take longer). That is to begin before any are freed. If not, the
+    allocator's thresholds are those that it arrives at by itself.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_MMAP_THRESHOLD, 2**20 if separate else 2**25)
+        set_option(_TRIM_THRESHOLD, 2**17 if separate else 2**26)
 
 
 def use_torch_once(device: torch.device) -> None:

@@ -18,9 +18,10 @@ __all__ = [
 ]
 
 MEMORY = {
-    "cpu": "peak resident set of the process (Linux: VmHWM) above its resident set before the "
-    "first step, when libraries, data, student and teacher were there: activations, gradients, the "
-    "optimizer's state, and what the allocator keeps",
+    "cpu": "peak resident set of the process (Linux: VmHWM) while it is warmed up, above its "
+    "resident set before the first step, when libraries, data, student and teacher were there: "
+    "activations, gradients and the optimizer's state. The allocator keeps no freed tensors in "
+    "that time (GNU's malloc, mmap from a MiB on)",
     "cuda": "peak of what torch has allocated on the GPU, weights included",
 }
 

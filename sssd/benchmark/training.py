@@ -22,7 +22,7 @@ from .breakdown import profile_steps
 from .compile import compile_parts
 from .data import LoadedAhead, generate_batches
 from .jobs import CLASSIFIER, Job
-from .memory import PeakMemory, synchronise, use_torch_once
+from .memory import PeakMemory, separate_blocks, synchronise, use_torch_once
 from .weights import calibrate_normalisation
 
 __all__ = ["TrainingInTurns", "generated_batches", "prepared_config"]
@@ -118,16 +118,22 @@ class TrainingInTurns:
         }
 
     def warm_up(self, count: int) -> None:
-        """Runs steps that do not count, and more until the loss scale of float16 stays."""
+        """Runs steps whose time does not count, and more until the loss scale of float16 stays.
+
+        On a CPU, their memory is what counts (`separate_blocks`).
+        """
         self.run(count)
+        if self.compiled:
+            self.memory.restart_peak()  # the compiler's is none of the step's
+            self.run(1)
+        self.memory.stop_on_cpu()
+        separate_blocks(False)
         scaler = self.trainer._trainer.scaler
         for _ in range(_MOST_OVERFLOWS if scaler.is_enabled() else 0):
             before = scaler.get_scale()
             self.run(1)
             if scaler.get_scale() >= before:
                 break
-        if self.compiled:
-            self.memory.restart_peak()  # the compiler's is none of the step's
 
     def run(self, count: int) -> dict[str, Any]:
         """Runs steps.
@@ -138,7 +144,8 @@ class TrainingInTurns:
         Returns:
             ``step_seconds`` and ``data_seconds`` (of loading the batch, no part of the step), a
             value for each step; ``batch_size``; ``memory`` in bytes (`PeakMemory.read`), the peak
-            since the first step of all; ``began`` and ``ended`` on the clock of the machine.
+            since the first step of all, on a CPU until the warm-up ended;
+            ``began`` and ``ended`` on the clock of the machine.
         """
         began = time.monotonic()
         if self.memory is not None and self.device.type == "cuda":

@@ -15,6 +15,7 @@ import torch
 from ..engine.scripts import USER_ERRORS
 from .inference import InferenceInTurns
 from .jobs import BenchmarkError, Job
+from .memory import separate_blocks
 from .training import TrainingInTurns
 
 __all__ = ["SUBJECTS", "Worker", "serve"]
@@ -106,6 +107,7 @@ def serve(job: Job, subject: str, args: tuple, connection: Connection) -> None:
         connection: its end of a pipe.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    separate_blocks(True)
     os.dup2(2, 1)  # standard output belongs to the parent's table
     # The profiler's library looks for a GPU, and complains where there is none.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -30,13 +30,19 @@ class PyramidAdapter(nn.Sequential):
     the student itself need not. Maps (N, C, H, W) keep their shape.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden_dim: int = 0) -> None:
+        """
+        Args:
+            channels: width C.
+            hidden_dim: width between the convolutions; 0 for C.
+        """
+        width = hidden_dim or channels
         super().__init__(
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(width, channels, 3, padding=1),
         )
 
 
@@ -61,19 +67,21 @@ class PyramidDistillation(nn.Module):
         log_base: float = 2.0,
         mask_padding: bool = True,
         norm: str = "instance",
+        adapter_dim: int = 0,
     ) -> None:
         """
         Args:
             channels: width C of the pyramid.
             mask_padding: leave the padded cells of the batch out of normalisation and distance.
             norm: "instance" (LGD, SSSD) or "layer" (LabelEnc).
+            adapter_dim: width between the convolutions of the adapter; 0 for C (LGD).
             others: see :func:`sssd.losses.pyramid_distance`.
 
         Raises:
             ValueError: for an unknown option.
         """
         super().__init__()
-        self.adapter = PyramidAdapter(channels)
+        self.adapter = PyramidAdapter(channels, adapter_dim)
         self.mask_padding = mask_padding
         check_choice("norm", norm, NORMS)
         self.norm = norm

@@ -48,7 +48,6 @@ def build_training_parts(
     *,
     num_classes: int,
     levels: Sequence[str],
-    halved_levels: Sequence[str] = (),
     teacher: nn.Module | Mapping[str, Any],
     distance: Mapping[str, Any],
 ) -> dict[str, nn.Module]:
@@ -58,7 +57,6 @@ def build_training_parts(
         ValueError: when the detector cannot be wrapped, or for an option that is wrong.
     """
     channels, strides = pyramid_of(student, levels=list(levels))
-    strides = _halved(strides, halved_levels)
     check_calls_backbone(student)
     # The student starts as it would without us: the other parts draw their initial weights from a
     # copy of the random stream.
@@ -74,27 +72,10 @@ def build_training_parts(
                 strides=strides,
                 **options,
             ).requires_grad_(not is_frozen)
-        if halved_levels and dict(teacher.strides) != strides:
-            raise ValueError(
-                f"MODEL.SSSD.HALVED_LEVELS names {', '.join(halved_levels)}, but the teacher "
-                f"{type(teacher).__name__} has the student's resolution on every level; leave it "
-                "empty."
-            )
         return {
             "teacher": teacher,
             "distillation": PyramidDistillation(channels=channels, **distance),
         }
-
-
-def _halved(strides: Mapping[str, int], halved_levels: Sequence[str]) -> dict[str, int]:
-    """Twice the stride on some levels."""
-    unknown = [level for level in halved_levels if level not in strides]
-    if unknown:
-        raise ValueError(
-            f"MODEL.SSSD.HALVED_LEVELS names {', '.join(unknown)}, but the levels that are "
-            f"distilled are {', '.join(strides)}."
-        )
-    return {level: x * 2 if level in halved_levels else x for level, x in strides.items()}
 
 
 def pyramid_of(student: nn.Module, levels: list[str]) -> tuple[int, dict[str, int]]:

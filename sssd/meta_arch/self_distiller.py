@@ -30,7 +30,6 @@ from .passes import (
 )
 from .phases import Phases
 from .pooling import pooled_over_cells
-from .resolution import coarsened, enlarged
 from .student_wrapper import StudentWrapper
 
 __all__ = ["SelfDistiller"]
@@ -125,7 +124,6 @@ class SelfDistiller(StudentWrapper):
                 student,
                 num_classes=keys.NUM_CLASSES,
                 levels=keys.LEVELS,
-                halved_levels=keys.HALVED_LEVELS,
                 teacher=teacher,
                 distance={"distance": distance.pop("name"), **distance},
             ),
@@ -170,14 +168,13 @@ class SelfDistiller(StudentWrapper):
             self.last_distance, self.last_coefficient = None, LoggedValue(coefficient)
             return {**losses, "loss_distill": untouched}
 
-        features = coarsened(pyramid, self.coarsening)
+        features = {level: pyramid[level] for level in self.teacher.strides}
         with frozen(self.teacher, not teaches):
             taught = self.teacher(features, objects)
         teacher_losses = {}
         if teaches:
             with matching.answered():
-                replayed = {**_detached(pyramid), **enlarged(taught, pyramid)}
-                teacher_losses = self._replay(batched_inputs, replayed)
+                teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
 
         if not self.phases.distills(iteration):
             features = _detached(features)
@@ -213,19 +210,13 @@ class SelfDistiller(StudentWrapper):
         )
         with captured_pyramid(self.student.backbone) as pyramid:
             self.student(batched_inputs)
-        taught = self.teacher(coarsened(pyramid, self.coarsening), objects)
-        with replayed_pyramid(self.student, {**pyramid, **enlarged(taught, pyramid)}):
+        taught = self.teacher(pyramid, objects)
+        with replayed_pyramid(self.student, {**pyramid, **taught}):
             return self.student(batched_inputs)
 
     @property
     def teacher(self) -> nn.Module:
         return self.training_parts["teacher"]
-
-    @property
-    def coarsening(self) -> dict[str, int]:
-        """Taught level -> cells of the student's along a cell of the teacher's."""
-        shapes = self.student.backbone.output_shape()
-        return {x: stride // shapes[x].stride for x, stride in self.teacher.strides.items()}
 
     @property
     def teaches(self) -> bool:

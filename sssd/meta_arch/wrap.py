@@ -20,7 +20,6 @@ def distill(
     phases: Phases,
     num_classes: int = 0,
     levels: Sequence[str] = (),
-    halved_levels: Sequence[str] = (),
     teacher: nn.Module | Mapping[str, Any] | None = None,
     distance: Mapping[str, Any] | None = None,
     teacher_loss_weight: float = 1.0,
@@ -38,7 +37,6 @@ def distill(
             is frozen.
         num_classes: classes of the ground truth; 0 for the student's own.
         levels: names of the pyramid levels to distill; empty for all.
-        halved_levels: those that teacher and distance see at half their resolution.
         teacher: a teacher that is built already, or options: ``name`` of a registered one
             ("label_encoding"), ``frozen``, and those of that teacher
             (:class:`sssd.teacher.LabelEncodingTeacher`).
@@ -53,7 +51,6 @@ def distill(
         student,
         num_classes=num_classes,
         levels=levels,
-        halved_levels=halved_levels,
         teacher=teacher or {},
         distance=distance or {},
     )

@@ -171,24 +171,28 @@ class MapPainter(nn.Module):
     One set of weights for all levels.
     """
 
-    def __init__(self, *, channels: int, embed_dim: int, with_context: bool) -> None:
+    def __init__(
+        self, *, channels: int, embed_dim: int, with_context: bool, refinement_dim: int = 0
+    ) -> None:
         """
         Args:
             channels: width C of the pyramid that comes out.
             embed_dim: width E of the object embeddings.
             with_context: whether the last object of each image is its context box, which is
                 spread over the whole map instead of being painted.
+            refinement_dim: width of the maps before the last convolution; 0 for C.
         """
         super().__init__()
+        width = refinement_dim or channels
         self.object_projection = nn.Linear(embed_dim, embed_dim)
-        self.context_projection = nn.Linear(embed_dim, channels) if with_context else None
-        self.canvas = nn.Conv2d(embed_dim, channels, 3, padding=1)
+        self.context_projection = nn.Linear(embed_dim, width) if with_context else None
+        self.canvas = nn.Conv2d(embed_dim, width, 3, padding=1)
         self.refinement = nn.Sequential(
-            *_refinement_layer(channels),
+            *_refinement_layer(width, width),
             nn.ReLU(),
-            *_refinement_layer(channels),
+            *_refinement_layer(width, width),
             nn.ReLU(),
-            *_refinement_layer(channels),
+            *_refinement_layer(width, channels),
         )
 
     def forward(self, embeddings: Tensor, cells: Tensor) -> Tensor:
@@ -210,8 +214,8 @@ class MapPainter(nn.Module):
         return self.refinement(torch.relu(canvas))
 
 
-def _refinement_layer(channels: int) -> list[nn.Module]:
+def _refinement_layer(width: int, channels: int) -> list[nn.Module]:
     return [
-        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.Conv2d(width, channels, 3, padding=1),
         nn.GroupNorm(1, channels, affine=False),
     ]

@@ -44,6 +44,7 @@ class LabelEncodingTeacher(nn.Module):
         label_residual: bool = False,
         interaction: str = "student_guided",
         regions: str = "box",
+        refinement_dim: int = 0,
     ) -> None:
         """
         Args:
@@ -65,6 +66,8 @@ class LabelEncodingTeacher(nn.Module):
                 "student_fill"; see the RelationAdapter.
             regions: where an object is on a level, for pooling and painting: "box", or "mask",
                 for which the objects have to be :class:`~sssd.teacher.masks.MaskedObjects`.
+            refinement_dim: width of the maps inside the refinement, before its last convolution;
+                0 for C (LGD).
 
         Raises:
             ValueError: for an option with an unknown value, or that does not fit another.
@@ -94,7 +97,10 @@ class LabelEncodingTeacher(nn.Module):
             label_residual=label_residual,
         )
         self.painter = MapPainter(
-            channels=channels, embed_dim=embed_dim, with_context=add_context_box
+            channels=channels,
+            embed_dim=embed_dim,
+            with_context=add_context_box,
+            refinement_dim=refinement_dim,
         )
 
     @property

@@ -73,7 +73,15 @@ def test_adapter():
     adapter = PyramidAdapter(256)
     # Three times 256 x 256 x 3 x 3 weights and 256 offsets: 1.77 million, as LGD's.
     assert sum(p.numel() for p in adapter.parameters()) == 3 * (256 * 256 * 9 + 256) == 1770240
-    adapter = PyramidAdapter(5)
+    # A quarter as wide inside: 256 x 64 + 64 x 64 + 64 x 256 kernels.
+    narrow = sum(p.numel() for p in PyramidAdapter(256, hidden_dim=64).parameters())
+    assert narrow == (2 * 256 * 64 + 64 * 64) * 9 + 64 + 64 + 256 == 332160
+    assert distillation(adapter_dim=3).adapter[2].weight.shape == (3, 3, 3, 3)
+
+
+@pytest.mark.parametrize("hidden_dim", [0, 3])
+def test_adapter_by_its_parts(hidden_dim):
+    adapter = PyramidAdapter(5, hidden_dim)
     x = torch.randn(2, 5, 3, 4)
     first, second, third = (m for m in adapter if isinstance(m, nn.Conv2d))
     y = F.conv2d(x, first.weight, first.bias, padding=1).relu()

@@ -1,4 +1,4 @@
-"""What makes the teacher cheaper: learning seldom, fewer RoIs in its pass, and halved levels."""
+"""What makes the teacher cheaper: learning seldom, and fewer RoIs in its pass."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from detectron2.modeling import build_model
 
 from sssd.engine import build_optimizer
 from sssd.meta_arch import Phases
-from sssd.meta_arch.resolution import coarsened, enlarged
 from tests.detectors import DETECTORS, build, losses_at, tiny_config, training_batch
 
 PERIOD = "MODEL.SSSD.PHASES.TEACHER_PERIOD"
@@ -121,55 +120,9 @@ def test_a_detector_without_rois_takes_no_notice():
         assert torch.equal(losses[name], value), name
 
 
-def test_coarse_maps_are_means_of_squares():
-    maps = {"a": torch.arange(12.0).view(1, 1, 3, 4), "b": torch.ones(1, 1, 2, 2)}
-    coarse = coarsened(maps, {"a": 2, "b": 1})
-    # (0 + 1 + 4 + 5) / 4 and so on; the last row has squares of two cells.
-    assert coarse["a"].tolist() == [[[[2.5, 4.5], [8.5, 10.5]]]]
-    assert coarse["b"] is maps["b"]
-    large = enlarged(coarse, maps)
-    assert large["a"].shape == (1, 1, 3, 4) and large["b"] is maps["b"]
-    # Between the centres of the cells, weights are linear in the distance: 2.5, 3, 4, 4.5.
-    torch.testing.assert_close(large["a"][0, 0, 0], torch.tensor([2.5, 3.0, 4.0, 4.5]))
-
-
-def test_teacher_and_distance_see_a_halved_level_at_half_its_resolution():
-    model = build(tiny_config("MODEL.SSSD.HALVED_LEVELS", ["p2"]))
-    seen = {}
-    student, replay = model.student.backbone, model._replay
-    student.register_forward_hook(lambda m, x, y: seen.setdefault("pyramid", y) and None)
-    model.teacher.register_forward_hook(lambda m, x, y: seen.update(features=x[0], taught=y))
-    model.training_parts["distillation"].register_forward_hook(
-        lambda m, x, y: seen.update(compared=x)
-    )
-    model._replay = lambda inputs, pyramid: seen.update(replayed=pyramid) or replay(inputs, pyramid)
-    losses_at(model)
-    pyramid, features, taught = seen["pyramid"], seen["features"], seen["taught"]
-    assert torch.equal(features["p2"], torch.nn.functional.avg_pool2d(pyramid["p2"], 2))
-    assert features["p3"] is pyramid["p3"]
-    assert taught["p2"].shape == features["p2"].shape == pyramid["p3"].shape
-    student_side, teacher_side, masks = seen["compared"]
-    assert student_side["p2"] is features["p2"] and teacher_side["p2"] is taught["p2"]
-    assert torch.equal(masks["p2"], masks["p3"])  # now of one grid
-    assert seen["replayed"]["p2"].shape == pyramid["p2"].shape
-    assert seen["replayed"]["p3"] is taught["p3"]
-
-
-def test_masks_are_sampled_at_the_halved_resolution():
-    options = ("MODEL.SSSD.HALVED_LEVELS", ["p2"], "MODEL.SSSD.TEACHER.REGIONS", "mask")
-    model, losses, _ = losses_with(*options, detector="mask_rcnn")
-    assert model.teacher.mask_strides["p2"] == model.teacher.mask_strides["p3"] == 8
-    assert losses["loss_distill"].isfinite()
-
-
 @pytest.mark.parametrize(
     ("opts", "sentence"),
     [
-        (["MODEL.SSSD.HALVED_LEVELS", ["p9"]], "HALVED_LEVELS names p9, but .* p2, p3, p4, p5, p6"),
-        (
-            ["MODEL.SSSD.HALVED_LEVELS", ["p2"], "MODEL.SSSD.TEACHER.NAME", "label_map"],
-            "HALVED_LEVELS names p2, but the teacher LabelMapTeacher has the student's resolution",
-        ),
         ([PERIOD, 0], "TEACHER_PERIOD must be >= 1, got 0"),
         ([ROI_FRACTION, 0.0], "ROI_FRACTION must be above 0 and at most 1, got 0.0"),
         ([ROI_FRACTION, 1.5], "ROI_FRACTION must be above 0 and at most 1, got 1.5"),

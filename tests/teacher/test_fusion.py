@@ -186,9 +186,13 @@ def test_the_painted_map_is_made_for_many_objects_only(num_objects, paints, monk
 
 
 @pytest.mark.parametrize("with_context", [False, True])
-def test_painter_by_its_parts(with_context):
+@pytest.mark.parametrize(("refinement_dim", "width"), [(0, 6), (2, 2)])
+def test_painter_by_its_parts(with_context, refinement_dim, width):
     torch.manual_seed(0)
-    module = MapPainter(channels=6, embed_dim=8, with_context=with_context)
+    module = MapPainter(
+        channels=6, embed_dim=8, with_context=with_context, refinement_dim=refinement_dim
+    )
+    assert module.canvas.weight.shape == (width, 8, 3, 3)
     values = embeddings(2, 5, 8)
     cells = object_cells(scene(5, 4), (10, 12), 8)
     canvas = paint(module.object_projection(values), cells)

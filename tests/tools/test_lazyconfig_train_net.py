@@ -57,8 +57,10 @@ def test_every_recipe_builds_and_says_what_its_yacs_twin_says(path):
         assert model.phases.freeze_backbone_iters == 20000 * scale
         assert model.phases.teacher_period == keys.PHASES.TEACHER_PERIOD
         assert model.teacher_roi_fraction == keys.TEACHER.ROI_FRACTION
-        halved = [level for level, factor in model.coarsening.items() if factor == 2]
-        assert halved == keys.HALVED_LEVELS and not keys.LEVELS
+        width = model.teacher.painter.refinement[-2].out_channels
+        inner = model.teacher.painter.refinement[0].in_channels
+        assert inner == (keys.TEACHER.REFINEMENT_DIM or width)
+        assert distance.adapter[2].in_channels == (keys.DISTANCE.ADAPTER_DIM or width)
     assert type(student) is CLASSES[path.stem.split("_")[0]]
     assert (cfg.train.max_iter, cfg.optimizer.lr) == (yacs.SOLVER.MAX_ITER, yacs.SOLVER.BASE_LR)
     assert cfg.train.init_checkpoint == yacs.MODEL.WEIGHTS

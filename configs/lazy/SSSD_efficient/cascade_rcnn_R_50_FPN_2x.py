@@ -9,6 +9,5 @@ model = sssd_efficient(
     cascade_rcnn,
     train.max_iter,
     [120000, 160000],
-    halved_levels=["p2"],
-    teacher_roi_fraction=0.25,
+    teacher_roi_fraction=0.5,
 )

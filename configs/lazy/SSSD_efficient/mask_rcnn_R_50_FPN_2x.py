@@ -9,7 +9,6 @@ model = sssd_efficient(
     mask_rcnn,
     train.max_iter,
     [120000, 160000],
-    halved_levels=["p2"],
-    teacher_roi_fraction=0.25,
+    teacher_roi_fraction=0.5,
 )
 dataloader.train.mapper.use_instance_mask = True

@@ -11,6 +11,6 @@ model = sssd_efficient(
     [60000, 80000],
     add_context_box=True,
     detach_appearance=False,
-    halved_levels=["p3"],
+    teacher_period=2,
 )
 optimizer.lr = 0.01
