@@ -25,10 +25,10 @@ demo: install
 	@$(VENV)/python tools/demo.py $(ARGS)
 
 test: install
-	@$(VENV)/python -m pytest -m "not long" -rs $(ARGS)
+	@$(VENV)/python -m pytest -m "not long" -rs --durations=20 --durations-min=5 $(ARGS)
 
 test-long: install
-	@$(VENV)/python -m pytest -m long -rs $(ARGS)
+	@$(VENV)/python -m pytest -m long -rs --durations=30 --durations-min=5 $(ARGS)
 
 lint: install
 	@$(VENV)/ruff check .

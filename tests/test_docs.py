@@ -172,6 +172,19 @@ def test_the_readme_has_every_key_of_classification_with_its_default():
         assert yaml.safe_load(table[key]) == default, key
 
 
+def test_the_readme_has_every_key_of_detection():
+    # One row may have several, the later ones without what is common: `SOLVER.A`, `B`.
+    table = " ".join(cells[0] for cells in rows(README.read_text()) if cells[0].startswith("`"))
+    cfg = get_cfg()
+    add_sssd_config(cfg)
+    del cfg.MODEL.SSSD["CLASSIFIER"], cfg.MODEL.SSSD["FCOS"]  # the latter: Detectron2's options
+    set_by_a_script = "LABELENC.STEP"
+    for key in flatten(cfg.MODEL.SSSD, "SSSD"):
+        _, _, key = key.partition(".")
+        names = f"`{key}`", f"`{key.split('.')[-1]}`"
+        assert any(name in table for name in names) or key == set_by_a_script, key
+
+
 def anchors(path):
     """What GitHub calls the headings of a page."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)

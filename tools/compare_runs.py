@@ -5,6 +5,7 @@
 
 Folders are named VARIANT_seedN; a row of the table is a variant. With --reference, a second table
 has the differences to that variant, paired by seed, with their 95 % intervals (Student's t).
+Runs with several test sets, or averaged weights, have several figures: --of names which.
 """
 
 import argparse
@@ -21,12 +22,23 @@ from sssd.visualization import read_metrics
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def final_figures(folder: Path) -> dict[str, float]:
-    """The figures of the last evaluation of a run, by column."""
-    lines = [x for x in read_metrics(folder / "metrics.json") if "bbox/AP" in x]
+def final_figures(folder: Path, of: str) -> dict[str, float]:
+    """The figures of the last evaluation of a run, by column.
+
+    Args:
+        folder: of the run.
+        of: what stands before "bbox/AP" in its metrics.json, without the slash.
+    """
+    suffix = "bbox/AP"
+    lines = [x for x in read_metrics(folder / "metrics.json") if any(k.endswith(suffix) for k in x)]
     if not lines:
         sys.exit(f"error: {folder}/metrics.json holds no evaluation; let the run finish.")
-    return {column: lines[-1][f"bbox/{column}"] for column in COLUMNS}
+    found = [key.removesuffix(suffix).rstrip("/") for key in lines[-1] if key.endswith(suffix)]
+    if of not in found:
+        known = ", ".join(repr(x) for x in found)
+        sys.exit(f"error: {folder}/metrics.json has figures of {known}: choose with --of.")
+    prefix = f"{of}/" if of else ""
+    return {column: lines[-1][f"{prefix}bbox/{column}"] for column in COLUMNS}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -35,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         named = re.fullmatch(r"(.+)_seed(\d+)", folder.name)
         if named is None:
             sys.exit(f"error: the folder {folder} is not named VARIANT_seedN.")
-        variants[named[1]][int(named[2])] = final_figures(folder)
+        variants[named[1]][int(named[2])] = final_figures(folder, args.of)
     rows = [
         [
             variant,
@@ -67,6 +79,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="output folders VARIANT_seedN")
     parser.add_argument("--reference", help="variant that the others are compared with, by seed")
+    parser.add_argument(
+        "--of", default="", metavar="FIGURES", help="such as bccd_test, or bccd_test/averaged"
+    )
     return parser.parse_args(arguments)
 
 

@@ -42,6 +42,18 @@ def test_without_a_reference_there_are_no_differences(runs, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
+def test_figures_of_several_datasets_are_chosen(tmp_path, capsys):
+    folder = tmp_path / "ours_seed1"
+    folder.mkdir()
+    line = {f"{of}/bbox/{column}": value for of, value in (("val", 40), ("val/averaged", 41))
+            for column in COLUMNS}  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+    call(folder, "--of", "val/averaged")
+    assert "| ours | 1 | 41.00 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has figures of 'val', 'val/averaged': choose with --of"):
+        call(folder)
+
+
 def test_an_unknown_reference_is_named(runs):
     with pytest.raises(SystemExit, match="--reference plan is none of the variants: ours, plain"):
         call(*sorted(runs.iterdir()), "--reference", "plan")
