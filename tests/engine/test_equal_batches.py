@@ -167,9 +167,8 @@ def train_one_rank(rank, port, folder):
 @pytest.fixture(
     scope="module",
     params=[
-        "retinanet",
-        pytest.param("faster_rcnn", marks=pytest.mark.long),
-        pytest.param("fcos", marks=pytest.mark.long),
+        pytest.param(detector, marks=pytest.mark.long)
+        for detector in ("retinanet", "faster_rcnn", "fcos")
     ],
 )
 def runs(request, tmp_path_factory):
