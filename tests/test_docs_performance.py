@@ -19,33 +19,35 @@ def table_row(start):
     return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
 
+def rows_of(column, part):
+    """Method or variant -> its results; of the detector of a column, "configs" or "inference"."""
+    report = json.loads((RESULTS / f"{DETECTORS[column]}.json").read_text())
+    return {row["name"].split("/")[0]: row for row in report[part]}
+
+
 @pytest.mark.parametrize("column", range(3), ids=DETECTORS)
 def test_the_ratios_are_those_of_the_results(column):
-    report = json.loads((RESULTS / f"{DETECTORS[column]}.json").read_text())
-    found = {config["name"].split("/")[0]: config for config in report["configs"]}
-    inference = {config["name"].split("/")[0]: config for config in report["inference"]}
+    found, inference = rows_of(column, "configs"), rows_of(column, "inference")
+    efficient = found["SSSD_efficient"]
     expected = {
         "SSSD, time": found["SSSD"]["ratio"]["median"],
         "LGD as a setting of sssd, time": found["LGD"]["ratio"]["median"],
         "SSSD, peak memory": found["SSSD"]["memory_ratio"],
-        "SSSD, [efficient preset](#the-efficient-preset), time": found["SSSD_efficient"]["ratio"][
-            "median"
-        ],
-        "SSSD, efficient preset, peak memory": found["SSSD_efficient"]["memory_ratio"],
+        "SSSD, [efficient preset](#the-efficient-preset), time": efficient["ratio"]["median"],
+        "SSSD, efficient preset, peak memory": efficient["memory_ratio"],
         "inference, time": inference["SSSD"]["ratio"]["median"],
     }
     for start, value in expected.items():
         assert table_row(start)[column] == f"{value:.2f}", start
     assert table_row("inference, operators and outputs")[column] == "the same"
-    for config in report["inference"][1:]:
+    for config in list(inference.values())[1:]:
         assert config["same_detector"] and config["first_difference"] is None
         assert config["largest_difference"] == 0
 
 
 @pytest.mark.parametrize("column", range(3), ids=DETECTORS)
 def test_the_savings_of_each_key_are_those_of_the_results(column):
-    report = json.loads((RESULTS / f"{DETECTORS[column]}.json").read_text())
-    found = {config["name"].split("/")[0]: config for config in report["configs"]}
+    found = rows_of(column, "configs")
     rows = {
         "SSSD, as published": "SSSD",
         "narrow (`REFINEMENT_DIM`, `ADAPTER_DIM`)": "narrow",

@@ -33,11 +33,11 @@ def final_figures(folder: Path, of: str) -> dict[str, float]:
     lines = [x for x in read_metrics(folder / "metrics.json") if any(k.endswith(suffix) for k in x)]
     if not lines:
         sys.exit(f"error: {folder}/metrics.json holds no evaluation; let the run finish.")
-    found = [key.removesuffix(suffix).rstrip("/") for key in lines[-1] if key.endswith(suffix)]
-    if of not in found:
+    prefix = f"{of}/" if of else ""
+    if f"{prefix}{suffix}" not in lines[-1]:
+        found = [key.removesuffix(suffix).rstrip("/") for key in lines[-1] if key.endswith(suffix)]
         known = ", ".join(repr(x) for x in found)
         sys.exit(f"error: {folder}/metrics.json has figures of {known}: choose with --of.")
-    prefix = f"{of}/" if of else ""
     return {column: lines[-1][f"{prefix}bbox/{column}"] for column in COLUMNS}
 
 
