@@ -7,6 +7,9 @@
 
 VENV := .venv/bin
 ARGS ?=
+# Two processes, one for each core, a file of tests at a time (files share what they set up).
+# For one process, and a debugger: ARGS="-n 0".
+PYTEST := $(VENV)/python -m pytest -n 2 --dist loadfile -rs --durations=30 --durations-min=5
 
 help:
 	@echo "make demo       train plain and self-distilled detectors on generated pictures"
@@ -25,10 +28,10 @@ demo: install
 	@$(VENV)/python tools/demo.py $(ARGS)
 
 test: install
-	@$(VENV)/python -m pytest -m "not long" -rs --durations=20 --durations-min=5 $(ARGS)
+	@$(PYTEST) -m "not long" $(ARGS)
 
 test-long: install
-	@$(VENV)/python -m pytest -m long -rs --durations=30 --durations-min=5 $(ARGS)
+	@$(PYTEST) -m long $(ARGS)
 
 lint: install
 	@$(VENV)/ruff check .

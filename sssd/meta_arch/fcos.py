@@ -27,7 +27,8 @@ def lazy_fcos(cfg: CfgNode) -> DictConfig:
     The bottom-up network stays what the yacs config says, so the node holds that config as text.
 
     Raises:
-        ValueError: when the top block of another backbone than Detectron2's is to be replaced.
+        ValueError: when the top block of another backbone than Detectron2's is to be replaced, or
+            its source is not the coarsest map.
     """
     keys = cfg.MODEL.SSSD.FCOS
     stock = cfg.clone()
@@ -75,10 +76,20 @@ def _lazy_resnet_fpn(cfg: CfgNode, yacs: DictConfig) -> DictConfig:
             f"it is {name!r}; set the key to '' to take the backbone as it is."
         )
     channels, source = cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.SSSD.FCOS.TOP_BLOCK_IN_FEATURE
-    if source.startswith("p"):
+    # P6 has half the resolution of the map that it is made of: the coarsest one, before or after
+    # its way through the pyramid.
+    coarsest = cfg.MODEL.FPN.IN_FEATURES[-1]
+    pyramid_level = coarsest.replace("res", "p")
+    if source not in (pyramid_level, coarsest):
+        raise ValueError(
+            f"MODEL.SSSD.FCOS.TOP_BLOCK_IN_FEATURE is {source!r}: it has to be {pyramid_level!r} "
+            f"or {coarsest!r}, the coarsest map of MODEL.FPN.IN_FEATURES, or '' to take the "
+            "backbone as it is."
+        )
+    if source == pyramid_level:
         in_channels = channels
     else:
-        in_channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (int(source[-1]) - 2)
+        in_channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (int(coarsest[-1]) - 2)
     return LazyCall(FPN)(
         bottom_up=LazyCall(build_resnet_backbone)(
             cfg=yacs, input_shape=LazyCall(ShapeSpec)(channels=len(cfg.MODEL.PIXEL_MEAN))

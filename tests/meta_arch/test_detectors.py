@@ -299,3 +299,10 @@ def test_fcos_with_another_backbone_needs_the_key_cleared():
     cfg = tiny_config("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", detector="fcos")
     with pytest.raises(ValueError, match=r"TOP_BLOCK_IN_FEATURE works with.*set the key to ''"):
         build(cfg)
+
+
+@pytest.mark.parametrize("source", ["p4", "res4", "p6", " "])
+def test_fcos_makes_its_top_levels_of_the_coarsest_map(source):
+    cfg = tiny_config("MODEL.SSSD.FCOS.TOP_BLOCK_IN_FEATURE", source, detector="fcos")
+    with pytest.raises(ValueError, match=rf"TOP_BLOCK_IN_FEATURE is '{source}': .* 'p5' or 'res5'"):
+        build(cfg)
