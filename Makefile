@@ -7,9 +7,9 @@
 
 VENV := .venv/bin
 ARGS ?=
-# Two processes, one for each core, a file of tests at a time (files share what they set up).
+# Two processes, one for each core; each begins with one half of the tests, in order.
 # For one process, and a debugger: ARGS="-n 0".
-PYTEST := $(VENV)/python -m pytest -n 2 --dist loadfile -rs --durations=30 --durations-min=5
+PYTEST := $(VENV)/python -m pytest -n 2 --dist worksteal -rs --durations=30 --durations-min=5
 
 help:
 	@echo "make demo       train plain and self-distilled detectors on generated pictures"

@@ -54,7 +54,8 @@ def test_parts_of_the_project_are_extras(wheel):
             extras.setdefault(match[2], set()).add(match[1])
     assert extras["eval"] == {"faster-coco-eval"}
     assert extras["classification"] == {"timm", "scikit-learn"}
-    assert extras["test"] == {"hypothesis", "pytest", "scipy"}
+    assert extras["studies"] == {"scipy"}
+    assert extras["test"] == {"hypothesis", "pytest", "pytest-xdist", "sssd"}
     assert {"ruff"} < extras["dev"] and "all" in extras
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sssd.engine import user_errors
-from sssd.evaluation.comparison_table import markdown_table, paired_difference, spread
+from sssd.studies.tables import markdown_table, paired_difference, spread
 from sssd.visualization import read_metrics
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

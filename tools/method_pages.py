@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 
 from sssd.engine import user_errors
-from sssd.engine.comparison import Plan, final_records, load_plan
-from sssd.evaluation.comparison_table import comparison_rows, markdown_table
+from sssd.studies.classification_plan import Plan, final_records, load_plan
+from sssd.studies.tables import comparison_rows, markdown_table
 
 MARKED = re.compile(r"(<!-- measured: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "Row",
+    "bootstrap_interval",
     "comparison_rows",
     "markdown_table",
     "paired_difference",
@@ -51,6 +52,25 @@ def paired_interval(values: Sequence[float], baseline: Sequence[float]) -> tuple
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * error
+
+
+def bootstrap_interval(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean paired difference by the bootstrap over seeds (percentiles).
+
+    With few seeds it is too narrow (by a tenth for five), and Student's t the one to trust.
+
+    Args:
+        values, baseline: figures of equal seeds, in equal order; two or more.
+    """
+    from scipy import stats
+
+    differences = [float(a - b) for a, b in zip(values, baseline, strict=True)]
+    if len(set(differences)) == 1:
+        return differences[0], differences[0]
+    result = stats.bootstrap(
+        (differences,), statistics.mean, vectorized=False, method="percentile", random_state=0
+    )
+    return tuple(map(float, result.confidence_interval))
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("timm", reason="timm is not installed")
 
-from sssd.engine.comparison import (
+from sssd.studies.classification_plan import (
     Run,
     final_options,
     load_plan,
@@ -16,7 +16,7 @@ from sssd.engine.comparison import (
     run_config,
     trial_runs,
 )
-from sssd.engine.comparison_run import _prepare, execute
+from sssd.studies.classification_run import _prepare, execute
 from tests.conftest import REPOSITORY
 
 PLAN = """

@@ -1,11 +1,7 @@
 """One run of a comparison, in a process that makes many."""
 
-import gzip
-import json
 import logging
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +11,11 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
+from ..engine.stage_runs import run_stages
+from ..engine.stages import plan_stages
 from ..visualization import read_metrics
-from .comparison import TEACHER, Plan, Run, run_config
-from .stage_runs import run_stages
-from .stages import plan_stages
+from .classification_plan import TEACHER, Plan, Run, run_config
+from .records import commit, write_record
 
 __all__ = ["execute"]
 
@@ -56,19 +53,14 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
         "stages": {name: _by_split(cfg, value) for name, value in results.items()},
         "iterations": cfg.SOLVER.MAX_ITER,
         "seconds": round(time.time() - start, 1),
-        "commit": _commit(),
+        "commit": commit(),
         "torch": torch.__version__,
     }
-    path = records / f"{run.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     metrics = {
         stage.name: read_metrics(Path(stage.cfg.OUTPUT_DIR) / "metrics.json")
         for stage in plan_stages(cfg)
     }
-    packed = gzip.compress(json.dumps(metrics).encode(), mtime=0)
-    path.with_name(f"{path.stem}_metrics.json.gz").write_bytes(packed)
-    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(path.with_suffix(".part"), path)
+    write_record(records / run.name, record, metrics)
     _tidy(output)
     return record
 
@@ -112,15 +104,6 @@ def _log_in(path: Path) -> Iterator[None]:
         for logger in loggers:
             logger.handlers = [logging.NullHandler()]
         handler.close()
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _tidy(output: Path) -> None:

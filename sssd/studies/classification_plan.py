@@ -1,6 +1,5 @@
 """Methods x seeds x datasets of classification, by a plan in YAML: which runs there are."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from .config_file import load_config
-from .stages import plan_stages
+from ..engine.config_file import load_config
+from ..engine.stages import plan_stages
+from .records import read_json
 
 __all__ = [
     "Plan",
@@ -175,13 +175,8 @@ def best_trial(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str
 
 def read_record(folder: Path, run: Run) -> dict[str, Any] | None:
     """What is kept of a run that is complete; None if its settings were others."""
-    record = _record(folder, run)
+    record = read_json(folder / run.name)
     return record if record is not None and record["options"] == dict(run.options) else None
-
-
-def _record(folder: Path, run: Run) -> dict[str, Any] | None:
-    path = folder / f"{run.name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def final_options(plan: Plan, folder: Path, method: Method, data: str) -> dict[str, Any]:
@@ -219,7 +214,7 @@ def final_records(plan: Plan, folder: Path, data: str) -> dict[str, list[dict[st
         method.name: [
             record
             for seed in method.seeds
-            if (record := _record(folder, Run(method, data, seed))) is not None
+            if (record := read_json(folder / Run(method, data, seed).name)) is not None
         ]
         for method in plan.methods.values()
     }

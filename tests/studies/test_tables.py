@@ -1,6 +1,6 @@
 import pytest
 
-from sssd.evaluation.comparison_table import (
+from sssd.studies.tables import (
     Row,
     comparison_rows,
     markdown_table,

@@ -1,0 +1,1 @@
+"""Comparisons of methods over seeds: plans, their runs, and what the records say."""

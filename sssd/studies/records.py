@@ -1,0 +1,52 @@
+"""What is kept of a run: a record of its figures, and everything it has logged."""
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ..engine.files import write_whole
+
+__all__ = ["commit", "read_json", "read_metrics_of", "write_record"]
+
+
+def write_record(path: Path, record: dict[str, Any], metrics: Any, log: Path | None = None) -> None:
+    """Writes ``<path>.json`` last, and whole or not at all: where it is, the run is complete.
+
+    Args:
+        path: without a suffix.
+        record: of the run.
+        metrics: becomes ``<path>_metrics.json.gz``.
+        log: text that becomes ``<path>_log.txt.gz``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without a time in them, equal contents are equal files.
+    packed = gzip.compress(json.dumps(metrics).encode(), mtime=0)
+    path.with_name(f"{path.name}_metrics.json.gz").write_bytes(packed)
+    if log is not None:
+        packed = gzip.compress(log.read_bytes(), mtime=0)
+        path.with_name(f"{path.name}_log.txt.gz").write_bytes(packed)
+    text = json.dumps(record, indent=1) + "\n"
+    write_whole(str(path.with_name(f"{path.name}.json")), lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The record at ``<path>.json``; None if there is none."""
+    file = path.with_name(f"{path.name}.json")
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def read_metrics_of(path: Path) -> Any:
+    """What :func:`write_record` was given as metrics."""
+    return json.loads(gzip.decompress(path.with_name(f"{path.name}_metrics.json.gz").read_bytes()))
+
+
+def commit() -> str:
+    """Of the code that runs; "unknown" outside of a repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

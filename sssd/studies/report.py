@@ -1,0 +1,140 @@
+"""What the records of a study say: tables in Markdown, by detector."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .plan import Plan, Study, Training
+from .records import read_metrics_of
+from .tables import bootstrap_interval, markdown_table, paired_interval, spread
+from .training import figures_of, read_record
+
+__all__ = ["Variant", "study_tables", "variants_of"]
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The runs of a method, or of a method with one setting, that are complete.
+
+    Attributes:
+        method, setting: as in :class:`sssd.studies.plan.Training`.
+        records: by seed.
+        curves: seed -> number of iterations done -> figures of the validation split.
+    """
+
+    method: str
+    setting: str
+    records: Mapping[int, Mapping[str, Any]]
+    curves: Mapping[int, Mapping[int, Mapping[str, float]]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} @ {self.setting}" if self.setting else self.method
+
+    def figures(self, split: str, key: str) -> dict[int, float]:
+        """A figure of the last evaluation, by seed."""
+        return {seed: r[split][key] for seed, r in self.records.items() if key in r[split]}
+
+    def share(self, part: str) -> list[float]:
+        """The share of the distillation ("early" or "end") of each run, in percent."""
+        return [100 * r["share"][part] for r in self.records.values() if part in (r["share"] or ())]
+
+
+def variants_of(plan: Plan, study: Study, folder: Path) -> dict[str, list[Variant]]:
+    """Detector -> variants with at least one complete run, in the order of the plan."""
+    by_detector: dict[str, dict[str, list[Training]]] = {}
+    for training in study.trainings:
+        variants = by_detector.setdefault(training.detector, {})
+        variants.setdefault(training.variant, []).append(training)
+    found = {
+        detector: [_variant(plan, trainings, folder) for trainings in variants.values()]
+        for detector, variants in by_detector.items()
+    }
+    return {d: complete for d, vs in found.items() if (complete := [v for v in vs if v.records])}
+
+
+def _variant(plan: Plan, trainings: Sequence[Training], folder: Path) -> Variant:
+    records, curves = {}, {}
+    for training in trainings:
+        record = read_record(folder, training)
+        if record is None:
+            continue
+        records[training.seed] = record
+        curves[training.seed] = {
+            min(int(line["iteration"]) + 1, record["iterations"]): figures
+            for line in read_metrics_of(folder / training.name)
+            if (figures := figures_of(line, plan.validation, alone=not plan.test))
+        }
+    return Variant(trainings[0].method, trainings[0].setting, records, curves)
+
+
+def study_tables(plan: Plan, study: Study, folder: Path) -> str:
+    """All that a study says in Markdown; "" as long as it has no complete run."""
+    parts = []
+    for detector, variants in variants_of(plan, study, folder).items():
+        splits = ["validation", "test"] if study.test and plan.test else ["validation"]
+        for split in splits:
+            dataset = plan.validation if split == "validation" else plan.test
+            parts.append(f"### {detector}, `{dataset}`\n\n{_figures(plan, variants, split)}")
+            if differences := _differences(plan, study, variants, split):
+                parts.append(differences)
+        if shares := _shares(plan, variants):
+            parts.append(shares)
+    if not parts:
+        return ""
+    done = sum(read_record(folder, training) is not None for training in study.trainings)
+    missing = len(study.trainings) - done
+    note = f"**{missing} of {len(study.trainings)} runs are still missing.**\n\n" if missing else ""
+    return f"## {study.title}\n\n{note}" + "\n".join(parts)
+
+
+def _figures(plan: Plan, variants: Sequence[Variant], split: str) -> str:
+    """Mean and standard deviation of each COCO figure; of the weights by which it is judged."""
+    prefix = plan.metric.removesuffix("AP")
+    rows = []
+    for variant in variants:
+        cells = [spread(list(variant.figures(split, prefix + c).values())) for c in COLUMNS]
+        rows.append([variant.name, len(variant.records), *cells])
+    return markdown_table(["method", "seeds", *COLUMNS], rows)
+
+
+def _differences(plan: Plan, study: Study, variants: Sequence[Variant], split: str) -> str:
+    """Of the judged figure, and of the same figure of the other weights, to the baseline."""
+    base = next((v for v in variants if study.baseline in (v.method, v.name)), None)
+    if not study.baseline or base is None:
+        return ""
+    rows = []
+    for variant in variants:
+        if variant is base:
+            continue
+        ours, theirs = (v.figures(split, plan.metric) for v in (variant, base))
+        seeds = sorted(ours.keys() & theirs.keys())
+        if len(seeds) < 2:
+            continue
+        pair = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+        mean, half = paired_interval(*pair)
+        low, high = bootstrap_interval(*pair)
+        rows.append(
+            [variant.name, len(seeds), f"{mean:+.2f} ± {half:.2f}", f"{low:+.2f} to {high:+.2f}"]
+        )
+    if not rows:
+        return ""
+    header = [f"{plan.metric}, difference to {base.name}", "seeds of both", "95 %, Student's t",
+              "95 %, bootstrap"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _shares(plan: Plan, variants: Sequence[Variant]) -> str:
+    rows = [
+        [v.name, *(f"{statistics.mean(v.share(part)):.1f} %" for part in ("early", "end"))]
+        for v in variants
+        if v.share("early") and v.share("end")
+    ]
+    if not rows:
+        return ""
+    header = ["share of the distillation term", f"first {plan.early} iterations", "last tenth"]
+    return markdown_table(header, rows)

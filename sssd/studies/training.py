@@ -1,0 +1,226 @@
+"""One run of a plan, in a process of its own, and its record."""
+
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+from ..engine.config_check import check_values
+from ..engine.config_file import load_config
+from ..engine.signals import REASON, STATUS
+from ..visualization import read_metrics
+from .plan import Plan, Training
+from .records import commit, read_json, write_record
+
+__all__ = ["Processes", "TrainingFailed", "TrainingStopped", "check", "read_record", "train"]
+
+Metrics = Sequence[Mapping[str, float]]
+
+_IDENTITY = "training.txt"
+
+
+class TrainingFailed(RuntimeError):
+    """A run has ended with an error."""
+
+
+class TrainingStopped(RuntimeError):
+    """A run was told to end, and will go on from where it was."""
+
+
+class Processes:
+    """Those that run, from any thread; told to stop, they end in order, and no other begins."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """Waits for a process; returns its exit status, that of SIGTERM if none may begin."""
+        with self._lock:
+            if self._stopped:
+                return STATUS[signal.SIGTERM]
+            # Ctrl-C is not for it: whoever began it ends it in order.
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            self._running.add(process)
+        status = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return status
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def check(training: Training) -> None:
+    """Raises ValueError for a run whose config cannot be used, before hours are spent on others."""
+    try:
+        check_values(_config(training))
+    except (ValueError, OSError, KeyError, AssertionError) as error:
+        raise ValueError(f"{training.name} cannot be run: {error}") from error
+
+
+def read_record(folder: Path, training: Training) -> dict[str, Any] | None:
+    """What is kept of a run that is complete; None if its settings were others.
+
+    Args:
+        folder: of the plan.
+    """
+    record = read_json(folder / training.name)
+    return record if record is not None and record["settings"] == _settings(training) else None
+
+
+def train(
+    plan: Plan,
+    training: Training,
+    folder: Path,
+    output: Path,
+    tools: Path,
+    environment: Mapping[str, str],
+    processes: "Processes",
+) -> dict[str, Any]:
+    """Makes a run, or goes on with it, and writes its record.
+
+    Args:
+        plan: that has it.
+        folder: of the plan, where records are kept.
+        output: folder of its checkpoints and logs; they stay.
+        tools: folder of train_net.py.
+        environment: variables of the process, besides this one's.
+        processes: which it becomes one of.
+
+    Returns:
+        The record: settings, figures by split, share of the distillation, seconds of an iteration,
+        commit.
+
+    Raises:
+        TrainingFailed: it has ended with an error.
+        TrainingStopped: it was told to end.
+    """
+    _keep_only_what_continues(output, training)
+    labelenc = _config(training).MODEL.SSSD.TEACHER.NAME == "label_map"
+    script = tools / ("train_labelenc.py" if labelenc else "train_net.py")
+    command = [
+        sys.executable, script, "--resume", "--config-file", training.config,
+        "SEED", training.seed, "OUTPUT_DIR", output, *training.options,
+    ]  # fmt: skip
+    with open(output / "console.txt", "a") as console:
+        status = processes.run(
+            list(map(str, command)),
+            env={**os.environ, **environment},
+            stdout=console,
+            stderr=subprocess.STDOUT,
+        )
+    if status in REASON or status < 0:
+        raise TrainingStopped(f"{training.name} was stopped")
+    if status:
+        lines = (output / "console.txt").read_text(errors="replace").strip().splitlines()
+        raise TrainingFailed(
+            f"{training.name} has failed ({lines[-1] if lines else f'status {status}'}); "
+            f"see {output / 'console.txt'}"
+        )
+    return _keep(plan, training, folder, output / "step2" if labelenc else output)
+
+
+def _config(training: Training) -> CfgNode:
+    return load_config(training.config, [_as_option(x) for x in training.options])
+
+
+def _as_option(value: Any) -> Any:
+    """As a command line has it."""
+    return value if isinstance(value, str) else str(value)
+
+
+def _settings(training: Training) -> dict[str, Any]:
+    return {"config": training.config, "options": [_as_option(x) for x in training.options]}
+
+
+def _keep_only_what_continues(output: Path, training: Training) -> None:
+    """Of a run with other settings nothing is gone on with."""
+    identity = output / _IDENTITY
+    wanted = str(_settings(training))
+    if output.is_dir() and not (identity.is_file() and identity.read_text() == wanted):
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    identity.write_text(wanted)
+
+
+def _keep(plan: Plan, training: Training, folder: Path, output: Path) -> dict[str, Any]:
+    metrics = read_metrics(output / "metrics.json")
+    record = {
+        "detector": training.detector,
+        "variant": training.variant,
+        "seed": training.seed,
+        "settings": _settings(training),
+        **{
+            split: final_figures(metrics, name, alone=not plan.test)
+            for split, name in (("validation", plan.validation), ("test", plan.test))
+            if name
+        },
+        "share": shares(metrics, plan.early),
+        # What is logged when all is over has an iteration that is one too high.
+        "iterations": 1 + max(int(line["iteration"]) for line in metrics if "total_loss" in line),
+        "seconds_per_iteration": _median(metrics, "time"),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
+    write_record(folder / training.name, record, metrics, output / "log.txt")
+    return record
+
+
+def figures_of(line: Mapping[str, float], dataset: str, *, alone: bool) -> dict[str, float]:
+    """The figures of a dataset in a line of metrics.json, such as {"bbox/AP": 40.0}.
+
+    Args:
+        alone: whether the run has evaluated no other dataset; then its name is left out there.
+    """
+    prefix = "" if alone else f"{dataset}/"
+    return {
+        key.removeprefix(prefix): value
+        for key, value in line.items()
+        if key.startswith(prefix) and "bbox/AP" in key
+    }
+
+
+def final_figures(metrics: Metrics, dataset: str, *, alone: bool) -> dict[str, float]:
+    """The figures of the last evaluation."""
+    evaluations = [figures_of(line, dataset, alone=alone) for line in metrics]
+    return {k: round(v, 4) for k, v in next(filter(None, reversed(evaluations)), {}).items()}
+
+
+def shares(metrics: Metrics, early: int) -> dict[str, float] | None:
+    """Mean share of the distillation in the total loss, at first and in the last tenth.
+
+    Args:
+        early: number of first iterations that count as the first.
+
+    Returns:
+        None for a run without distillation.
+    """
+    key = "loss_distill/share"
+    values = {int(line["iteration"]): line[key] for line in metrics if key in line}
+    if not values:
+        return None
+    last = max(values)
+    parts = {
+        "early": [v for i, v in values.items() if i < early],
+        "end": [v for i, v in values.items() if i > 0.9 * last],
+    }
+    return {name: round(statistics.mean(v), 4) for name, v in parts.items() if v}
+
+
+def _median(metrics: Metrics, key: str) -> float | None:
+    values = [line[key] for line in metrics if key in line]
+    return round(statistics.median(values), 4) if values else None

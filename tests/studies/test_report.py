@@ -1,0 +1,110 @@
+"""Tables of a study, worked out by hand."""
+
+import json
+
+import pytest
+import yaml
+
+from sssd.studies.detection import write_studies
+from sssd.studies.plan import load_plan
+from sssd.studies.records import write_record
+from sssd.studies.tables import bootstrap_interval
+from sssd.studies.training import _settings
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def plan_of(tmp_path, study):
+    content = {
+        "task": "detection", "validation": "val", "test": "test", "metric": "averaged/bbox/AP",
+        "early": 100, "seeds": [1, 2, 3], "detectors": {"fcos": "fcos{recipe}.yaml"},
+        "methods": {"plain": None, "lgd": {"recipe": "_sssd"}, "sssd": {"recipe": "_sssd",
+        "opts": ["A", 1]}}, "studies": {"study": study},
+    }  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    return load_plan(tmp_path / "plan.yaml")
+
+
+def write(folder, training, value, share=None, curve=()):
+    def figures(x):
+        keys = [f"{p}bbox/{c}" for p in ("", "averaged/") for c in COLUMNS]
+        return {key: x + 10 * key.startswith("averaged") for key in keys}
+
+    record = {
+        "settings": _settings(training), "validation": figures(value), "test": figures(value - 5),
+        "share": share, "iterations": 600,
+    }  # fmt: skip
+    lines = [{"iteration": i, **{f"val/{k}": v for k, v in figures(x).items()}} for i, x in curve]
+    write_record(folder / training.name, record, lines)
+
+
+def test_differences_are_of_the_judged_figure_and_paired_by_seed(tmp_path):
+    study = {"methods": ["plain", "lgd", "sssd"], "baseline": "plain", "test": True}
+    plan = plan_of(tmp_path, study)
+    values = {"plain": [30, 32, 31], "lgd": [31, 34, 34], "sssd": [33, 30]}
+    for training in plan.trainings():
+        of_method = values[training.method]
+        if training.seed <= len(of_method):
+            write(tmp_path, training, of_method[training.seed - 1])
+    text = write_studies(plan, tmp_path)
+    assert (tmp_path / "study.md").read_text() == text
+    assert "**1 of 9 runs are still missing.**" in text
+    assert "| lgd | 3 | 43.00 ± 1.73 |" in text  # 31, 34, 34 of the averaged weights: ten more
+    assert "| lgd | 3 | 38.00 ± 1.73 |" in text  # on test, five less
+    # Differences 1, 2, 3: mean 2, 4.3027 / sqrt(3) on each side.
+    assert "| lgd | 3 | +2.00 ± 2.48 | +1.00 to +3.00 |" in text
+    # 3 and -2 of the two seeds that both have: mean 0.5, 12.706 * 2.5.
+    assert "| sssd | 2 | +0.50 ± 31.77 | -2.00 to +3.00 |" in text
+    assert "share of the distillation" not in text
+
+
+def test_a_sweep_has_shares_and_pictures_of_its_own(tmp_path):
+    sweep = {"key": "MODEL.SSSD.COEFFICIENT.VALUES", "values": [[10], [50]]}
+    plan = plan_of(tmp_path, {"methods": ["lgd"], "sweep": sweep, "title": "Coefficients"})
+    for training in plan.trainings():
+        x = float(training.setting)
+        share = {"early": x / 100 + training.seed / 100, "end": 0.5}
+        write(tmp_path, training, x, share=share)
+    text = write_studies(plan, tmp_path)
+    assert text.startswith("## Coefficients")
+    assert "| lgd @ 10 | 12.0 % | 50.0 % |" in text and "| lgd @ 50 | 52.0 % | 50.0 % |" in text
+    assert "![study_sweep](study_sweep.png)" in text
+    assert not (tmp_path / "study_curves.png").exists()
+
+
+def test_curves_are_means_over_seeds_from_where_the_figure_begins(tmp_path, monkeypatch):
+    from sssd.studies import figures
+
+    plan = plan_of(tmp_path, {"methods": ["plain"], "figure_from": 0.5})
+    for training in plan.trainings():
+        curve = [(199, 1.0), (299, 2.0 + training.seed), (599, 4.0)]
+        write(tmp_path, training, 4.0, curve=curve)
+    (study,) = plan.studies
+    variants = figures.variants_of(plan, study, tmp_path)
+    points = figures._curve(plan, study, variants["fcos"][0])
+    assert points == {300: [13.0, 14.0, 15.0], 600: [14.0] * 3}
+    assert "![study_curves](study_curves.png)" in write_studies(plan, tmp_path)
+
+
+def test_records_of_other_settings_are_no_results(tmp_path):
+    plan = plan_of(tmp_path, {"methods": ["plain"]})
+    for training in plan.trainings():
+        write(tmp_path, training, 4.0)
+    path = tmp_path / "fcos/plain/seed1.json"
+    record = json.loads(path.read_text())
+    record["settings"]["options"] = ["SOLVER.MAX_ITER", "1"]
+    path.write_text(json.dumps(record))
+    assert "| plain | 2 |" in write_studies(plan, tmp_path)
+
+
+def test_the_bootstrap_is_that_of_the_mean_difference():
+    # Of two differences, the mean of two draws is one of 1, 2, 3 with chances 1/4, 1/2, 1/4.
+    assert bootstrap_interval([11, 23], [10, 20]) == (1, 3)
+    assert bootstrap_interval([11, 21], [10, 20]) == (1, 1)
+    # For many it is that of the normal distribution.
+    values = [float(x) for x in range(400)]
+    low, high = bootstrap_interval(values, [0.0] * 400)
+    error = 115.5 / 20
+    assert low == pytest.approx(199.5 - 1.96 * error, abs=1) and high == pytest.approx(
+        199.5 + 1.96 * error, abs=1
+    )

@@ -1,0 +1,190 @@
+"""Runs of a plan as processes: records, stops that cost nothing, failures that say why."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import yaml
+
+from sssd.studies.detection import run_studies, write_studies
+from sssd.studies.plan import load_plan
+from sssd.studies.training import (
+    Processes,
+    TrainingFailed,
+    TrainingStopped,
+    check,
+    final_figures,
+    read_record,
+    shares,
+    train,
+)
+from tests.coco_files import write_coco
+from tests.conftest import REPOSITORY
+
+TOOLS = REPOSITORY / "tools"
+OPTIONS = [
+    "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
+    "INPUT.MIN_SIZE_TRAIN", [64], "INPUT.MIN_SIZE_TEST", 64, "DATALOADER.NUM_WORKERS", 0,
+    "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 4, "SOLVER.STEPS", [], "TEST.EVAL_PERIOD", 2,
+    "SOLVER.CHECKPOINT_PERIOD", 100,
+]  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """Plain and self-distilled detectors on a BCCD of six pictures."""
+    root = tmp_path / "datasets"
+    annotations, _ = write_coco(root / "bccd")
+    (root / "bccd/annotations").mkdir()
+    for split in ("train", "val", "test"):
+        (root / f"bccd/annotations/instances_{split}.json").write_text(annotations.read_text())
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    config = REPOSITORY / "configs/BCCD/faster_rcnn_R_18_FPN{recipe}.yaml"
+    content = {
+        "task": "detection", "validation": "bccd_val", "test": "bccd_test", "metric": "bbox/AP",
+        "early": 2, "seeds": [1], "opts": OPTIONS, "detectors": {"faster_rcnn": str(config)},
+        "methods": {"plain": None, "sssd": {"recipe": "_sssd"}},
+        "studies": {"methods": {"methods": ["plain", "sssd"], "baseline": "plain", "test": True}},
+    }  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    return load_plan(tmp_path / "plan.yaml")
+
+
+PLACE = {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_leaves_its_record_metrics_and_log(plan, tmp_path, capsys):
+    assert run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE] * 2) == []
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition("; ")[2].split(",")[0] for line in said] == ["1/2", "2/2"]
+    plain, sssd = plan.trainings()
+    record = read_record(tmp_path, sssd)
+    assert record == json.loads((tmp_path / "faster_rcnn/sssd/seed1.json").read_text())
+    assert record["iterations"] == 4 and set(record["share"]) == {"end"}  # logged at the end only
+    assert read_record(tmp_path, plain)["share"] is None
+    packed = (tmp_path / "faster_rcnn/sssd/seed1_metrics.json.gz").read_bytes()
+    lines = json.loads(gzip.decompress(packed))
+    evaluated = [line for line in lines if "bccd_val/bbox/AP" in line]
+    assert [line["iteration"] for line in evaluated] == [1, 4]
+    assert record["validation"]["bbox/AP"] == round(evaluated[-1]["bccd_val/bbox/AP"], 4)
+    assert record["test"].keys() == record["validation"].keys()
+    log = gzip.decompress((tmp_path / "faster_rcnn/sssd/seed1_log.txt.gz").read_bytes()).decode()
+    assert "Self-distillation of GeneralizedRCNN" in log
+
+    # What has a record is not run again, and the tables are there.
+    assert run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE]) == []
+    assert capsys.readouterr().out == ""
+    text = write_studies(plan, tmp_path)
+    assert "### faster_rcnn, `bccd_test`" in text and "still missing" not in text
+    assert (tmp_path / "methods_curves.png").is_file() and (tmp_path / "methods.md").is_file()
+
+
+def test_a_run_with_other_settings_is_another_run(plan, tmp_path):
+    training = plan.trainings()[0]
+    record = {"settings": {"config": training.config, "options": ["SOLVER.MAX_ITER", "5"]}}
+    path = tmp_path / f"{training.name}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    assert read_record(tmp_path, training) is None
+
+
+def test_what_was_stopped_goes_on_where_it_was(plan, tmp_path):
+    training = plan.trainings()[0]
+    long = load_long(plan, tmp_path)
+    output, processes = tmp_path / "scratch/run", Processes()
+
+    def stop_soon():
+        while not begun(output):
+            time.sleep(0.05)
+        processes.stop()
+
+    thread = threading.Thread(target=stop_soon)
+    thread.start()
+    with pytest.raises(TrainingStopped, match=f"{training.name} was stopped"):
+        train(plan, long, tmp_path, output, TOOLS, PLACE, processes)
+    thread.join()
+    assert (output / "model_interrupted.pth").is_file()
+    with pytest.raises(TrainingStopped):  # none begins any more
+        train(plan, long, tmp_path, output, TOOLS, PLACE, processes)
+    record = train(plan, long, tmp_path, output, TOOLS, PLACE, Processes())
+    log = (output / "log.txt").read_text()
+    assert record["iterations"] == 60 and "--resume goes on" in log
+    assert "Starting training from iteration 0" in log
+    assert log.count("Starting training from iteration") == 2
+
+
+def begun(output):
+    """Whether the first 20 iterations are logged."""
+    path = output / "metrics.json"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def load_long(plan, tmp_path):
+    content = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    content["opts"] = [*OPTIONS, "SOLVER.MAX_ITER", 60, "TEST.EVAL_PERIOD", 0]
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_plan(path).trainings()[0]
+
+
+@pytest.mark.long
+def test_sigterm_stops_the_command_and_its_runs(plan, tmp_path):
+    load_long(plan, tmp_path)
+    scratch = tmp_path / "scratch"
+    command = [sys.executable, TOOLS / "compare.py", tmp_path / "long.yaml", "--jobs", "2",
+               "--scratch", scratch]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    outputs = [scratch / t.name for t in plan.trainings()]
+    while not all(map(begun, outputs)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "compare: stopped; the same command goes on with what is left" in errors
+    assert all((output / "model_interrupted.pth").is_file() for output in outputs)
+
+
+def test_a_failure_is_named_and_the_others_go_on(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    plain, sssd = plan.trainings()
+    failures = run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE] * 2)
+    assert [f.partition(" ")[0] for f in sorted(failures)] == [plain.name, sssd.name]
+    assert "has failed (error: " in failures[0] and "nowhere" in failures[0]
+    with pytest.raises(TrainingFailed):
+        train(plan, plain, tmp_path, tmp_path / "scratch/x", TOOLS, PLACE, Processes())
+
+
+def test_a_config_that_cannot_be_used_is_found_before_any_run(plan, tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(path.read_text().replace("_sssd", "_missing"))
+    with pytest.raises(ValueError, match=r"faster_rcnn/sssd/seed1 cannot be run: .*_missing.yaml"):
+        check(load_plan(path).trainings()[1])
+
+
+def test_the_last_evaluation_counts_and_of_each_dataset_its_own():
+    lines = [
+        {"iteration": 9, "bccd_val/bbox/AP": 1.0, "bccd_val/averaged/bbox/AP": 2.0},
+        {"iteration": 19, "bccd_val/bbox/AP": 3.00004, "bccd_test/bbox/AP": 5.0},
+        {"iteration": 19, "loss": 1.0},
+    ]
+    assert final_figures(lines, "bccd_val", alone=False) == {"bbox/AP": 3.0}
+    assert final_figures(lines, "bccd_test", alone=False) == {"bbox/AP": 5.0}
+    assert final_figures([{"bbox/AP": 1.0, "bbox/AP-red": 2.0}], "x", alone=True) == {
+        "bbox/AP": 1.0, "bbox/AP-red": 2.0
+    }  # fmt: skip
+
+
+def test_shares_are_those_of_the_first_iterations_and_of_the_last_tenth():
+    lines = [{"iteration": i, "loss_distill/share": i / 100} for i in range(9, 100, 10)]
+    # iterations 9 and 19 are below 20; 99 is the last, and above 89.1
+    assert shares(lines, 20) == {"early": 0.14, "end": 0.99}
+    assert shares([{"iteration": 3}], 20) is None
