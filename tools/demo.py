@@ -29,7 +29,7 @@ from detectron2.data import (
 from detectron2.modeling import build_model
 
 from sssd.engine import Checkpointer, export_student, load_config, user_errors
-from sssd.visualization import draw_detections, plot_training, read_metrics
+from sssd.visualization import draw_detections, plot_runs, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = Path("output") / "demo"
@@ -146,7 +146,11 @@ def draw_pictures() -> None:
         {"student": student, "teacher's pass": teacher, "ground truth": truth},
         MetadataCatalog.get(name).thing_classes,
     )
-    plot_training(OUTPUT / "curves.png", read_metrics(OUTPUT / "metrics.json"))
+    plot_runs(
+        OUTPUT / "curves.png",
+        {"": read_metrics(OUTPUT / "metrics.json")},
+        panels=("losses", "share", "coefficient"),
+    )
 
 
 def final_results(output: Path) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .divergence import stable_root
@@ -115,7 +116,7 @@ class PyramidDistillation(nn.Module):
         if not self.mask_padding:
             masks = None
 
-        adapted = {level: self.adapter(x) for level, x in student.items()}
+        adapted = self._adapted(student)
         target = {level: teacher[level].detach() for level in student}
         chosen = DISTANCES[self.options["distance"]]
         if (
@@ -126,13 +127,44 @@ class PyramidDistillation(nn.Module):
         ):
             return self._at_once(chosen, adapted, target, masks)
 
-        def normalise(maps: Pyramid) -> dict[str, Tensor]:
-            return {
-                level: NORMS[self.norm](x, None if masks is None else masks[level])
-                for level, x in maps.items()
-            }
+        return pyramid_distance(
+            self._normalised(adapted, masks),
+            self._normalised(target, masks),
+            masks=masks,
+            **self.options,
+        )
 
-        return pyramid_distance(normalise(adapted), normalise(target), masks=masks, **self.options)
+    @torch.no_grad()
+    def position_distances(
+        self, student: Pyramid, teacher: Pyramid, masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Where the pyramids differ: the distance over the channels at each position, to look at.
+
+        Args:
+            student, teacher, masks: as in :meth:`forward`.
+
+        Returns:
+            Level -> (N, H, W), of which the "per_distribution" distance over channels is the mean.
+        """
+        check_pyramids(student, teacher, masks)
+        masks = masks if self.mask_padding else None
+        chosen = DISTANCES[self.options["distance"]]
+        scales = {key: self.options[key] for key in ("temperature", "log_base")}
+        maps = {}
+        target = self._normalised(teacher, masks)
+        for level, x in self._normalised(self._adapted(student), masks).items():
+            divergence = chosen.divergence(x, target[level], dim=1, mask=None, **scales)
+            maps[level] = stable_root(divergence) if chosen.root else divergence
+        return maps
+
+    def _adapted(self, student: Pyramid) -> dict[str, Tensor]:
+        return {level: self.adapter(x) for level, x in student.items()}
+
+    def _normalised(self, maps: Pyramid, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {
+            level: NORMS[self.norm](x, None if masks is None else masks[level])
+            for level, x in maps.items()
+        }
 
     def _at_once(
         self,

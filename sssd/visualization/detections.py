@@ -1,6 +1,5 @@
-"""Pictures of what a training did."""
+"""Boxes drawn on pictures."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-__all__ = ["draw_detections", "plot_training", "read_metrics"]
+__all__ = ["draw_detections"]
 
 _COLORS = plt.get_cmap("tab10").colors
 
@@ -75,59 +74,3 @@ def _draw_box(axis: plt.Axes, box: list[float], color: tuple, label: str) -> Non
         clip_on=True,
         bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
     )
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.json; an unfinished last line (a run in progress) is left out."""
-    lines = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def plot_training(path: Path, metrics: Sequence[dict[str, float]], title: str = "") -> None:
-    """Plots losses, share of the distillation term and coefficient over the iterations.
-
-    Args:
-        path: PNG file to write.
-        metrics: from :func:`read_metrics` of a self-distilled run.
-        title: above the figure.
-    """
-    lines = [line for line in metrics if "loss_distill" in line]
-    iterations = [line["iteration"] for line in lines]
-
-    def total(prefix: str) -> list[float]:
-        return [
-            sum(v for k, v in line.items() if k.startswith(prefix) and "distill" not in k)
-            for line in lines
-        ]
-
-    figure, (losses, share, coefficient) = plt.subplots(
-        1, 3, figsize=(12, 3.4), layout="constrained"
-    )
-    losses.plot(iterations, total("loss_"), label="detection, student's pass")
-    losses.plot(iterations, total("teacher_loss_"), label="detection, teacher's pass")
-    losses.plot(iterations, [x["loss_distill"] for x in lines], label="distillation, weighted")
-    losses.set_title("losses")
-    losses.set_ylim(bottom=0)
-    losses.legend(fontsize=8)
-    share.plot(iterations, [100 * x["loss_distill/share"] for x in lines], color="tab:green")
-    share.set_title("distillation, % of the total loss")
-    share.set_ylim(0, 100)
-    coefficient.plot(
-        iterations,
-        [x["loss_distill/coefficient"] for x in lines],
-        color="tab:red",
-        drawstyle="steps-post",
-    )
-    coefficient.set_title("coefficient")
-    coefficient.set_ylim(bottom=0)
-    for axis in (losses, share, coefficient):
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

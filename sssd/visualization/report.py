@@ -1,0 +1,150 @@
+"""A report in HTML: one file, without scripts and without a server, and its pictures beside it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import numpy as np
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from PIL import Image
+
+from .pyramids import PyramidView
+
+__all__ = ["Picture", "PictureReport", "draw_boxes", "draw_levels", "write_report"]
+
+_COLORS = matplotlib.colormaps["tab10"].colors
+_WIDTH = 480  # pixels of a picture in the report
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    Attributes:
+        title: below it.
+        pixels: (H, W, 3) uint8, RGB.
+        crisp: show its pixels as they are when it is enlarged.
+    """
+
+    title: str
+    pixels: np.ndarray
+    crisp: bool = False
+
+
+@dataclass(frozen=True)
+class PictureReport:
+    """What the report shows of one image.
+
+    Attributes:
+        name: of the image.
+        detections: side by side.
+        levels: level -> student's map, teacher's map, distance; empty without a teacher.
+    """
+
+    name: str
+    detections: Sequence[Picture]
+    levels: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+
+
+def draw_boxes(image: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
+    """Boxes with their classes, and scores where there are any, on a picture.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        instances: with ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``, ``pred_classes`` and
+            ``scores``, in pixels of the image.
+        class_names: names by class index.
+    """
+    scored = instances.has("scores")
+    boxes = instances.pred_boxes if scored else instances.gt_boxes
+    classes = (instances.pred_classes if scored else instances.gt_classes).tolist()
+    labels = [class_names[c] for c in classes]
+    if scored:
+        labels = [f"{n} {s:.2f}" for n, s in zip(labels, instances.scores.tolist(), strict=True)]
+    scale = max(1.0, _WIDTH / image.shape[1])  # legible on small pictures
+    visualizer = Visualizer(image, scale=scale, instance_mode=ColorMode.IMAGE)
+    colors = [_COLORS[c % len(_COLORS)] for c in classes]
+    drawn = visualizer.overlay_instances(
+        boxes=boxes.tensor.cpu(), labels=labels, assigned_colors=colors
+    )
+    return drawn.get_image()
+
+
+def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
+    """Three pictures of each level: both maps, from 0 to the larger one's highest value, and the
+    distance.
+
+    Args:
+        view: of a picture.
+        highest: distance that has the brightest colour, the same in all of a report.
+    """
+    levels = {}
+    for name, level in view.levels.items():
+        most = max(level.student.max(), level.teacher.max(), 1e-12)
+        levels[name] = [
+            Picture(f"{name}, student", _colored(level.student / most, "viridis"), crisp=True),
+            Picture(f"{name}, teacher", _colored(level.teacher / most, "viridis"), crisp=True),
+            Picture(f"{name}, distance", _colored(level.distance / highest, "magma"), crisp=True),
+        ]
+    return levels
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    reports: Sequence[PictureReport],
+    *,
+    summary: Sequence[str] = (),
+    scale: str = "",
+    curves: Mapping[str, Path] | None = None,
+) -> Path:
+    """Writes ``index.html``, which holds all pictures, and each of them as a PNG.
+
+    Args:
+        folder: of both; it is made.
+        title: of the page.
+        reports: of the images.
+        summary: lines below the title.
+        scale: what the colours of the distance mean.
+        curves: title -> PNG, shown first.
+
+    Returns:
+        The path of the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals["source"] = lambda picture, *names: _saved(folder, picture, names)
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        summary=summary,
+        scale=scale,
+        reports=reports,
+        curves={name: _inline(path.read_bytes()) for name, path in (curves or {}).items()},
+    )
+    path = folder / "index.html"
+    path.write_text(page)
+    return path
+
+
+def _colored(values: np.ndarray, name: str) -> np.ndarray:
+    """(H, W) between 0 and 1 -> (H, W, 3) uint8."""
+    return (255 * matplotlib.colormaps[name](np.clip(values, 0, 1))[..., :3]).astype(np.uint8)
+
+
+def _saved(folder: Path, picture: Picture, names: Sequence[str]) -> str:
+    """Writes a picture; returns the address that holds it."""
+    words = "_".join([*names, picture.title])
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in words)
+    path = folder / f"{name}.png"
+    Image.fromarray(picture.pixels).save(path, optimize=True)
+    return _inline(path.read_bytes())
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

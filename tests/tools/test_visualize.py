@@ -1,0 +1,90 @@
+"""tools/visualize.py on trainings of its own."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+
+from sssd.engine import Trainer
+from tests.coco_files import register_coco
+from tests.conftest import REPOSITORY
+from tests.detectors import tiny_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Config file and weights of a plain and of a self-distilled detector."""
+    tmp_path = tmp_path_factory.mktemp("trained")
+    name = register_coco("tiny_coco", tmp_path / "data")
+    made = {}
+    for kind in ("plain", "sssd"):
+        cfg = tiny_config(
+            "DATASETS.TRAIN", (name,), "DATASETS.TEST", (name,), "DATALOADER.NUM_WORKERS", 0,
+            "INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64, "SOLVER.MAX_ITER", 1,
+            "SOLVER.STEPS", (), "OUTPUT_DIR", str(tmp_path / kind), distilled=kind == "sssd",
+        )  # fmt: skip
+        (tmp_path / kind).mkdir()
+        Trainer(cfg).train()
+        (tmp_path / f"{kind}.yaml").write_text(cfg.dump())
+        made[kind] = tmp_path / f"{kind}.yaml", tmp_path / kind / "model_final.pth"
+    return made
+
+
+@pytest.fixture
+def call(monkeypatch):
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args)])
+        runpy.run_path(str(REPOSITORY / "tools/visualize.py"), run_name="__main__")
+
+    return call
+
+
+def test_the_report_has_all_sides_of_each_picture(trained, call, tmp_path):
+    output = tmp_path / "out"
+    config, weights = trained["sssd"]
+    plain_config, plain_weights = trained["plain"]
+    call("report", "--config-file", config, "--weights", weights, "--baseline-config",
+         plain_config, "--baseline-weights", plain_weights, "--ids", 3, 5, "--threshold", 0,
+         "--runs", plain_weights.parent, weights.parent, "--output", output)  # fmt: skip
+    text = (output / "index.html").read_text()
+    for image in ("2", "4"):  # the files of the images 3 and 5
+        for title in ("ground truth", "baseline", "student", "teacher, with the ground truth",
+                      "p2, student", "p6, distance"):  # fmt: skip
+            assert f'alt="{image}: {title}"' in text, title
+    assert text.count("<h2>") == 3 and "AP over the iterations" in text
+    assert (output / "2_p3__distance.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda args, trained: args | {"--weights": trained["exported"]}, "without the parts"),
+        (lambda args, trained: args | {"--config-file": trained["plain"][0]}, "trains no teacher"),
+        (lambda args, trained: args | {"--ids": "77"}, "tiny_coco has no image with the id 77"),
+        (lambda args, trained: args | {"--baseline-config": "x.yaml"}, "needs both"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence(trained, call, tmp_path, change, sentence):
+    config, weights = trained["sssd"]
+    model = torch.load(weights, weights_only=True)["model"]
+    trained = {**trained, "exported": tmp_path / "student.pth"}
+    torch.save({"model": model}, trained["exported"])
+    args = {"--config-file": config, "--weights": weights, "--output": tmp_path / "out"}
+    with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
+        call("report", *[x for pair in change(args, trained).items() for x in pair])
+
+
+def test_curves_name_runs_by_the_parts_in_which_they_differ(tmp_path, call, capsys):
+    for name in ("a/seed1", "b/seed1"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"iteration": 1, "lr": 0.1}))
+    tool = runpy.run_path(str(REPOSITORY / "tools/visualize.py"))
+    assert list(tool["runs_of"]([tmp_path / "a/seed1", tmp_path / "b/seed1"])) == [
+        "a/seed1", "b/seed1"
+    ]  # fmt: skip
+    assert list(tool["runs_of"]([tmp_path / "a/seed1"])) == ["seed1"]
+    call("curves", tmp_path / "a/seed1", tmp_path / "b/seed1", "--output", tmp_path / "out")
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out/curves.png")
+    assert (tmp_path / "out/curves.png").is_file()
