@@ -2,7 +2,7 @@
 #   make demo PYTHON=python3.12       the Python to make it with
 #   make test ARGS="-k compat -x"     more arguments for pytest
 
-.PHONY: help install demo test test-long lint format lock clean
+.PHONY: help install demo test test-long docs lint format lock clean
 .DEFAULT_GOAL := help
 
 VENV := .venv/bin
@@ -15,6 +15,7 @@ help:
 	@echo "make demo       train plain and self-distilled detectors on generated pictures"
 	@echo "make test       the tests (under 10 minutes on two cores)"
 	@echo "make test-long  the tests that take longer (under 40 minutes)"
+	@echo "make docs       the site of the documentation, in output/docs; links are checked"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make format     ruff: fix and format"
 	@echo "make lock       pin requirements/requirements.in into requirements/requirements.txt"
@@ -32,6 +33,10 @@ test: install
 
 test-long: install
 	@$(PYTEST) -m long $(ARGS)
+
+docs: install
+	@$(VENV)/python -m sphinx --fail-on-warning --keep-going -q -b html docs output/docs
+	@echo "written: output/docs/index.html"
 
 lint: install
 	@$(VENV)/ruff check .

@@ -47,7 +47,7 @@ def hint_loss(student: Tensor, teacher: Tensor, *, reduction: str = "half_channe
 
 
 def attention_map(x: Tensor, *, p: float = 2) -> Tensor:
-    """Spatial attention: the mean over channels of |x|^p, flattened, of unit L2 norm per image.
+    """Spatial attention: the mean over channels of ``|x|^p``, flat, of unit L2 norm per image.
 
     Zagoruyko and Komodakis, arXiv 1612.03928. The paper sums over channels; the norm removes the
     difference. The absolute value, which RepDistiller omits, only counts for odd ``p``.

@@ -37,7 +37,7 @@ def mmd_loss(
             average-pooled to the smaller height and width.
         kernel: "poly" (x . y + offset)^degree, all that the codes have (RepDistiller weighs it
             by 50); "linear" x . y, which matches the means over the channels; "gaussian"
-            exp(-|x - y|^2 / (2 v)). The paper sets v to the mean squared distance of the pairs;
+            ``exp(-|x - y|^2 / (2 v))``. The paper sets v to the mean squared distance of the pairs;
             taking all pairs of a student's and a teacher's channel, per image, as a constant
             without gradient, is our interpretation.
         degree: at least 1, for "poly".

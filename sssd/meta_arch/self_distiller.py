@@ -139,7 +139,7 @@ class SelfDistiller(StudentWrapper):
         Returns:
             In evaluation, what the student returns. In training, a dict of scalar losses: the
             student's own under their own names, those of the teacher's pass with the prefix
-            "teacher_" (in the iterations that have it), and "loss_distill". Without gradients
+            ``teacher_`` (in the iterations that have it), and "loss_distill". Without gradients
             (PreciseBN's passes, a validation loss) the student's own losses alone: there is
             nothing to teach.
         """

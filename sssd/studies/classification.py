@@ -128,5 +128,5 @@ def write_tables(plan: Plan, folder: Path) -> None:
         )
         if rows:
             table = markdown_table(header, [astuple(row) for row in rows])
-            (folder / f"{data}.md").write_text(table)
+            (folder / f"{data}.md").write_text(f"# Methods on {data}\n\n{table}")
             print(f"\n{data}:\n\n{table}")

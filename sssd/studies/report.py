@@ -79,7 +79,7 @@ def study_tables(plan: Plan, study: Study, folder: Path) -> str:
         splits = ["validation", "test"] if study.test and plan.test else ["validation"]
         for split in splits:
             dataset = plan.validation if split == "validation" else plan.test
-            parts.append(f"### {detector}, `{dataset}`\n\n{_figures(plan, variants, split)}")
+            parts.append(f"## {detector}, `{dataset}`\n\n{_figures(plan, variants, split)}")
             if differences := _differences(plan, study, variants, split):
                 parts.append(differences)
         if shares := _shares(plan, variants):
@@ -89,7 +89,7 @@ def study_tables(plan: Plan, study: Study, folder: Path) -> str:
     done = sum(read_record(folder, training) is not None for training in study.trainings)
     missing = len(study.trainings) - done
     note = f"**{missing} of {len(study.trainings)} runs are still missing.**\n\n" if missing else ""
-    return f"## {study.title}\n\n{note}" + "\n".join(parts)
+    return f"# {study.title}\n\n{note}" + "\n".join(parts)
 
 
 def _figures(plan: Plan, variants: Sequence[Variant], split: str) -> str:

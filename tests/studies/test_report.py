@@ -66,7 +66,7 @@ def test_a_sweep_has_shares_and_pictures_of_its_own(tmp_path):
         share = {"early": x / 100 + training.seed / 100, "end": 0.5}
         write(tmp_path, training, x, share=share)
     text = write_studies(plan, tmp_path)
-    assert text.startswith("## Coefficients")
+    assert text.startswith("# Coefficients")
     assert "| lgd @ 10 | 12.0 % | 50.0 % |" in text and "| lgd @ 50 | 52.0 % | 50.0 % |" in text
     assert "![study_sweep](study_sweep.png)" in text
     assert not (tmp_path / "study_curves.png").exists()

@@ -82,7 +82,7 @@ def test_a_run_leaves_its_record_metrics_and_log(plan, tmp_path, capsys):
     assert run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE]) == []
     assert capsys.readouterr().out == ""
     text = write_studies(plan, tmp_path)
-    assert "### faster_rcnn, `bccd_test`" in text and "still missing" not in text
+    assert "## faster_rcnn, `bccd_test`" in text and "still missing" not in text
     assert (tmp_path / "methods_curves.png").is_file() and (tmp_path / "methods.md").is_file()
 
 
