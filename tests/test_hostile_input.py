@@ -5,6 +5,7 @@ kind by `make test`, the others, more than 2,000 in all, by `make test-long`.
 """
 
 import copy
+import gc
 import io
 import json
 import logging
@@ -62,7 +63,19 @@ def every(strategy: st.SearchStrategy, number: int, start: int, check: Callable[
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    seed(start)(options(given(strategy)(check)))()
+
+    def check_and_tidy(case):
+        check(case)
+        # Trainers are cycles of references; left to Python, dozens of them wait, with their models.
+        gc.collect()
+
+    # What is there already need not be looked through each time.
+    gc.collect()
+    gc.freeze()
+    try:
+        seed(start)(options(given(strategy)(check_and_tidy)))()
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def test_parts_of_the_project_are_extras(wheel):
 def test_wheel_holds_every_package_and_the_compatibility_module(wheel):
     code = {name for name in wheel[0] if ".dist-info/" not in name}
     expected = {str(f.relative_to(REPOSITORY)) for f in (REPOSITORY / "sssd").rglob("*.py")}
-    assert code == expected | {"sssd_compat.py"}
+    template = "sssd/visualization/report.html.jinja"
+    assert code == expected | {"sssd_compat.py", template}
     assert any(name.endswith("/LICENSE") for name in wheel[0])
 
 
