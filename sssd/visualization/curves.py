@@ -36,6 +36,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+_KINDS = ("averaged", "teacher_with_ground_truth")
+
+
 def _sum_of(prefix: str) -> Callable[[Line], float | None]:
     def total(line: Line) -> float | None:
         parts = [v for k, v in line.items() if k.startswith(prefix) and "distill" not in k]
@@ -48,13 +51,20 @@ def _value(key: str, factor: float = 1.0) -> Callable[[Line], float | None]:
     return lambda line: factor * line[key] if key in line else None
 
 
-def _average_precision(prefix: str) -> Callable[[Line], float | None]:
-    """AP of the first dataset that was evaluated."""
+def _average_precision(of: str) -> Callable[[Line], float | None]:
+    """AP of the first dataset that was evaluated.
+
+    Args:
+        of: "averaged" or "teacher_with_ground_truth", as the keys have it; "" for the weights.
+    """
 
     def first(line: Line) -> float | None:
-        keys = [k for k in line if k.endswith("bbox/AP") and "teacher" not in k]
-        chosen = [k for k in keys if ("averaged/" in k) == bool(prefix)]
-        return line[chosen[0]] if chosen else None
+        for key, value in line.items():
+            *parts, task, figure = key.split("/")
+            kinds = [part for part in parts if part in _KINDS]
+            if (task, figure) == ("bbox", "AP") and kinds == ([of] if of else []):
+                return value
+        return None
 
     return first
 
@@ -79,9 +89,14 @@ PANELS: dict[str, tuple[str, dict[str, Callable[[Line], float | None]]]] = {
     "lr": ("learning rate", {"": _value("lr")}),
     "ap": (
         "AP",
-        {"": _average_precision(""), "averaged weights": _average_precision("averaged/")},
+        {"": _average_precision(""), "averaged weights": _average_precision("averaged")},
+    ),
+    "teacher": (
+        "AP of the teacher, with the ground truth",
+        {"": _average_precision("teacher_with_ground_truth")},
     ),
 }
+_OF_EVALUATIONS = ("ap", "teacher")
 _COLORS = plt.get_cmap("tab10").colors
 _STYLES = ("-", "--", ":")
 
@@ -171,14 +186,14 @@ def _draw_panel(axis: plt.Axes, name: str, curves: Curves, runs: Sequence[str]) 
             points,
             "-" if alone else _STYLES[number],
             color=_color(number if alone else runs.index(run)),
-            marker="o" if name == "ap" else None,
+            marker="o" if name in _OF_EVALUATIONS else None,
             markersize=3,
             drawstyle="steps-post" if name == "coefficient" else "default",
         )
     axis.set_title(title)
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3)
-    if name != "ap":
+    if name not in _OF_EVALUATIONS:
         axis.set_ylim(bottom=0)
     if name == "share":
         axis.set_ylim(0, 100)

@@ -53,6 +53,8 @@ def test_ap_is_that_of_the_first_dataset_and_never_the_teachers(figures, tmp_pat
     plot_runs(tmp_path / "x.png", {"a": LINES, "b": LINES[:2]})
     last, averaged = panel(figures[0], "AP").get_lines()
     assert points(last) == [(40, 30.0)] and points(averaged) == [(40, 31.0)]
+    (teacher,) = panel(figures[0], "AP of the teacher, with the ground truth").get_lines()
+    assert points(teacher) == [(40, 90.0)]
     assert last.get_color() == averaged.get_color()
     assert last.get_linestyle() != averaged.get_linestyle()
 
