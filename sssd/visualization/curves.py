@@ -60,9 +60,9 @@ def _average_precision(of: str) -> Callable[[Line], float | None]:
 
     def first(line: Line) -> float | None:
         for key, value in line.items():
-            *parts, task, figure = key.split("/")
+            parts = key.split("/")
             kinds = [part for part in parts if part in _KINDS]
-            if (task, figure) == ("bbox", "AP") and kinds == ([of] if of else []):
+            if parts[-2:] == ["bbox", "AP"] and kinds == ([of] if of else []):
                 return value
         return None
 
