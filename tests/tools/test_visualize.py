@@ -88,3 +88,28 @@ def test_curves_name_runs_by_the_parts_in_which_they_differ(tmp_path, call, caps
     call("curves", tmp_path / "a/seed1", tmp_path / "b/seed1", "--output", tmp_path / "out")
     assert capsys.readouterr().out.strip() == str(tmp_path / "out/curves.png")
     assert (tmp_path / "out/curves.png").is_file()
+
+
+# ---- tools/gradient_cosine.py, on the same trainings ----
+
+
+def run_gradient_cosine(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["gradient_cosine.py", *map(str, args)])
+    runpy.run_path(str(REPOSITORY / "tools/gradient_cosine.py"), run_name="__main__")
+
+
+def test_gradients_are_compared_by_part(trained, monkeypatch, capsys):
+    config, weights = trained["sssd"]
+    run_gradient_cosine(
+        monkeypatch, "--config-file", config, "--batches", 2, "MODEL.WEIGHTS", weights
+    )
+    lines = capsys.readouterr().out.splitlines()
+    parts = [line.partition(": cosine ")[0] for line in lines if ": cosine " in line]
+    assert parts == ["bottom_up", "pyramid"]
+    assert all(line.endswith("(2 batches)") for line in lines if ": cosine " in line)
+
+
+def test_a_plain_training_has_no_gradients_to_compare(trained, monkeypatch):
+    config, _ = trained["plain"]
+    with pytest.raises(SystemExit, match="^error: .*plain.yaml distills nothing"):
+        run_gradient_cosine(monkeypatch, "--config-file", config)
