@@ -153,6 +153,21 @@ def draw_pictures() -> None:
     )
 
 
+def write_report() -> None:
+    """Detections of all and both pyramids, as `tools/visualize.py` shows them."""
+    (config, output), (plain_config, plain_output) = RUNS["sssd"], RUNS["plain"]
+    command = [
+        sys.executable, REPOSITORY / "tools" / "visualize.py", "report", "--config-file", config,
+        "--weights", output / "model_final.pth", "--baseline-config", plain_config,
+        "--baseline-weights", plain_output / "model_final.pth", "--runs", plain_output, output,
+        "--title", "The demo", "--output", OUTPUT / "report",
+    ]  # fmt: skip
+    with open(OUTPUT / "report.log", "w") as log:
+        code = subprocess.call(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+    if code:
+        sys.exit(f"demo: the report failed; {OUTPUT / 'report.log'} says why")
+
+
 def final_results(output: Path) -> dict[str, float]:
     return next(x for x in reversed(read_metrics(output / "metrics.json")) if "bbox/AP" in x)
 
@@ -173,12 +188,16 @@ def main() -> None:
 
     heartbeat.say("drawing")
     draw_pictures()
+    write_report()
     student = OUTPUT / "student" / "model.pth"
     export_student(
         str(OUTPUT / "model_final.pth"), str(OUTPUT / "config.yaml"), str(student.parent)
     )
     results = {name: final_results(output) for name, (_, output) in RUNS.items()}
-    print(f"\nWritten to {OUTPUT}: metrics.json, detections.png, curves.png, student/\n")
+    print(
+        f"\nWritten to {OUTPUT}: metrics.json, detections.png, curves.png, report/index.html, "
+        "student/\n"
+    )
     columns = ["AP", "AP50", "AP75", "APs", "APm"]
     print(f"{'':8}" + "".join(f"{c:>8}" for c in columns))
     for name, result in results.items():

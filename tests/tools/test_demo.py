@@ -35,6 +35,9 @@ def test_demo(tmp_path):
     for name in ("detections.png", "curves.png"):
         with Image.open(output / name) as picture:
             assert picture.width > 800
+    report = (output / "report/index.html").read_text()
+    for title in ("ground truth", "baseline", "student", "p3, teacher", "p3, distance"):
+        assert f': {title}"' in report, title
     metrics = read_metrics(output / "metrics.json")
     assert any("loss_distill/share" in line for line in metrics)
     student = torch.load(tmp_path / found[4], weights_only=True)
