@@ -5,7 +5,6 @@ kind by `make test`, the others, more than 2,000 in all, by `make test-long`.
 """
 
 import copy
-import gc
 import io
 import json
 import logging
@@ -23,7 +22,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sssd.benchmark.memory import separate_blocks
 from sssd.data import CheckedDatasetMapper, ImageError
 from sssd.data.annotations import check_annotation_file
 from sssd.engine import Checkpointer, argument_parser, load_config
@@ -64,19 +62,7 @@ def every(strategy: st.SearchStrategy, number: int, start: int, check: Callable[
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-
-    def check_and_tidy(case):
-        check(case)
-        # Trainers are cycles of references; left to Python, dozens of them wait, with their models.
-        gc.collect()
-
-    # What is there already need not be looked through each time.
-    gc.collect()
-    gc.freeze()
-    try:
-        seed(start)(options(given(strategy)(check_and_tidy)))()
-    finally:
-        gc.unfreeze()
+    seed(start)(options(given(strategy)(check)))()
 
 
 @pytest.fixture
@@ -87,14 +73,12 @@ def place(tmp_path, monkeypatch):
     write_images(tmp_path / "images")
     (tmp_path / "annotations.json").write_text(json.dumps(COCO))
     os.makedirs("output")
-    # Of thousands of sizes of maps, the allocator would keep 16 GiB.
-    separate_blocks(True)
-    logging.disable(logging.WARNING)
+    # Nor kept by pytest, which would keep each error with its traceback, and so with its model.
+    logging.disable(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield tmp_path
     logging.disable(logging.NOTSET)
-    separate_blocks(False)
 
 
 def train_on(place, detector="faster_rcnn"):
