@@ -153,6 +153,26 @@ def test_sigterm_stops_the_command_and_its_runs(plan, tmp_path):
     assert all((output / "model_interrupted.pth").is_file() for output in outputs)
 
 
+@pytest.mark.long
+def test_labelenc_is_its_two_steps_and_the_second_counts(plan, tmp_path):
+    content = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    published = yaml.safe_load((REPOSITORY / "docs/results/bccd/plan.yaml").read_text())
+    content["methods"] = {"labelenc": published["methods"]["labelenc"]}
+    options = content["methods"]["labelenc"]["opts"]
+    options[options.index("MODEL.SSSD.LABELENC.WARMUP_ITERS") + 1] = 1
+    content["studies"] = {"others": {"methods": ["labelenc"]}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    plan = load_plan(tmp_path / "plan.yaml")
+    scratch = tmp_path / "scratch"
+    assert run_studies(plan, tmp_path, scratch, TOOLS, places=[PLACE]) == []
+    (training,) = plan.trainings()
+    record = read_record(tmp_path, training)
+    assert record["iterations"] == 4  # of step 2; step 1 has 5
+    assert (scratch / training.name / "step1/model_final.pth").is_file()
+    last = json.loads((scratch / training.name / "step2/metrics.json").read_text().splitlines()[-1])
+    assert record["validation"]["bbox/AP"] == round(last["bccd_val/bbox/AP"], 4)
+
+
 def test_a_failure_is_named_and_the_others_go_on(plan, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     plain, sssd = plan.trainings()
