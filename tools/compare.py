@@ -18,10 +18,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 from sssd.engine import user_errors
 from sssd.studies import classification, classification_plan, detection, plan
+from sssd.studies.plan_file import read_plan
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -44,10 +43,7 @@ def main() -> None:
 
 
 def is_of_detectors(path: Path) -> bool:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The plan {path} cannot be read ({error}).") from error
+    content = read_plan(path)
     return isinstance(content, dict) and content.get("task") == "detection"
 
 

@@ -86,16 +86,16 @@ def report(args: argparse.Namespace) -> None:
     mapper = ground_truth_mapper(cfg)
     records = chosen_records(dataset, args.images, args.ids)
     classes = MetadataCatalog.get(dataset).thing_classes
-    views = [view_pyramids(model, mapper(record)) for record in records]
+    inputs = [mapper(record) for record in records]
+    views = [view_pyramids(model, image) for image in inputs]
     highest = max(level.distance.max() for view in views for level in view.levels.values())
     reports = []
-    for record, view in zip(records, views, strict=True):
+    for record, mapped, view in zip(records, inputs, views, strict=True):
         image = detection_utils.read_image(record["file_name"], "RGB")
         found = {"student": view.student, "teacher, with the ground truth": view.teacher}
         if baseline is not None:
-            inputs = mapper(record)
             with torch.no_grad():
-                found = {"baseline": baseline([inputs])[0]["instances"], **found}
+                found = {"baseline": baseline([mapped])[0]["instances"], **found}
         pictures = [Picture("ground truth", draw_boxes(image, truth(view, image), classes))]
         for title, instances in found.items():
             kept = instances[instances.scores >= args.threshold].to("cpu")

@@ -1,11 +1,10 @@
 """The coefficient that gives distillation a chosen share of the total loss.
 
-SSSD (arXiv 2303.05015) measures the share that LGD's distance has at
-its coefficient 1 after 1000 iterations, 45 %, and looks in [1, 100] for the coefficient with which
-its own distance has the same share: 50. Both steps are here, for any config and data.
+SSSD (arXiv 2303.05015) measures the share that LGD's distance has at its coefficient 1 after 1000
+iterations, 45 %, and looks in [1, 100] for the coefficient with which its own distance has the same
+share: 50. Both steps are here, for any config and data.
 """
 
-import logging
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -30,8 +29,6 @@ __all__ = [
     "measure",
     "with_coefficient",
 ]
-
-logger = logging.getLogger("sssd")
 
 # What LGD's distance is, in the keys of MODEL.SSSD (configs/LGD).
 _LGD = {

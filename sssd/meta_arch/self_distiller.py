@@ -18,6 +18,7 @@ from .build import (
     build_training_parts,
     never_calls_backbone,
 )
+from .evaluation_passes import evaluation_passes
 from .ground_truth import ground_truth_objects
 from .logged_value import LoggedValue
 from .passes import (
@@ -205,14 +206,7 @@ class SelfDistiller(StudentWrapper):
         """
         if self.training:
             raise RuntimeError("detect_from_teacher needs evaluation mode; call .eval() first.")
-        objects = ground_truth_objects(
-            batched_inputs, self.teacher.num_classes, getattr(self.teacher, "mask_strides", None)
-        )
-        with captured_pyramid(self.student.backbone) as pyramid:
-            self.student(batched_inputs)
-        taught = self.teacher(pyramid, objects)
-        with replayed_pyramid(self.student, {**pyramid, **taught}):
-            return self.student(batched_inputs)
+        return evaluation_passes(self, batched_inputs).detected_from_teacher
 
     @property
     def teacher(self) -> nn.Module:

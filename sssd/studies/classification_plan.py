@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 
 from ..engine.config_file import load_config
 from ..engine.stages import plan_stages
+from .plan_file import read_plan
 from .records import read_json
 
 __all__ = [
@@ -84,10 +84,7 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         ValueError: it is missing or lacks a key, or a method has too many trials.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"The plan {path} cannot be read ({error}).") from error
+    content = read_plan(path)
     try:
         data, seeds = tuple(content["data"]), tuple(content["seeds"])
         descriptions = {TEACHER: content["teacher"], **content["methods"]}

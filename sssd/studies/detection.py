@@ -12,7 +12,7 @@ from ..engine.signals import STATUS, limit_time
 from .figures import draw_study
 from .plan import Plan, Training
 from .progress import complete
-from .report import study_tables
+from .report import study_tables, variants_of
 from .training import Processes, TrainingFailed, TrainingStopped, check, read_record, train
 
 __all__ = ["run_studies", "write_studies"]
@@ -95,11 +95,12 @@ def write_studies(plan: Plan, folder: Path, names: Sequence[str] = ()) -> str:
     """Writes ``<study>.md`` and its pictures beside the plan; returns all of the tables."""
     texts = []
     for study in plan.chosen(names):
-        text = study_tables(plan, study, folder)
-        if not text:
+        found = variants_of(plan, study, folder)
+        if not found:
             continue
-        pictures = [f"![{path.stem}]({path.name})\n" for path in draw_study(plan, study, folder)]
-        text = "\n".join([text, *pictures])
+        drawn = draw_study(plan, study, found, folder)
+        pictures = [f"![{path.stem}]({path.name})\n" for path in drawn]
+        text = "\n".join([study_tables(plan, study, found), *pictures])
         (folder / f"{study.name}.md").write_text(text)
         texts.append(text)
     return "\n".join(texts)

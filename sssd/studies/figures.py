@@ -1,7 +1,7 @@
 """Pictures of a study: AP over iterations, over a sweep, and of every seed."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,26 +10,31 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .plan import Plan, Study
-from .report import Variant, variants_of
+from .report import Variant
 
 __all__ = ["draw_study"]
 
-_COLORS = plt.get_cmap("tab10").colors
 _DPI = 120
 
 
-def draw_study(plan: Plan, study: Study, folder: Path) -> list[Path]:
-    """Draws what the records of a study allow; returns the files."""
-    found = variants_of(plan, study, folder)
+def draw_study(
+    plan: Plan, study: Study, found: Mapping[str, list[Variant]], folder: Path
+) -> list[Path]:
+    """Draws what the records of a study allow; returns the files.
+
+    Args:
+        found: from :func:`sssd.studies.report.variants_of`; not empty.
+        folder: of the files.
+    """
     drawn = []
     for name, draw in (("seeds", _draw_seeds), ("curves", _draw_curves), ("sweep", _draw_sweep)):
         path = folder / f"{study.name}_{name}.png"
-        if found and draw(path, plan, study, found):
+        if draw(path, plan, study, found):
             drawn.append(path)
     return drawn
 
 
-def _panels(found: dict[str, list[Variant]], width: float, height: float):
+def _panels(found: Mapping[str, list[Variant]], width: float, height: float):
     """A row of axes, one for each detector."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(width * len(found), height), squeeze=False, layout="constrained"
@@ -46,14 +51,14 @@ def _save(figure: plt.Figure, path: Path) -> bool:
     return True
 
 
-def _draw_seeds(path: Path, plan: Plan, study: Study, found: dict[str, list[Variant]]) -> bool:
+def _draw_seeds(path: Path, plan: Plan, study: Study, found: Mapping[str, list[Variant]]) -> bool:
     """Every run as a point, the mean as a line: what a difference has to be compared with."""
     most = max(map(len, found.values()))
     figure, axes = _panels(found, 5.0, 1.2 + 0.42 * most)
     for axis, variants in zip(axes, found.values(), strict=True):
         for row, variant in enumerate(variants):
             values = list(variant.figures("validation", plan.metric).values())
-            color = _COLORS[row % len(_COLORS)]
+            color = f"C{row}"
             axis.plot(values, [row] * len(values), "o", color=color, alpha=0.7)
             mean = statistics.mean(values)
             axis.plot([mean, mean], [row - 0.35, row + 0.35], color=color, linewidth=2)
@@ -63,7 +68,7 @@ def _draw_seeds(path: Path, plan: Plan, study: Study, found: dict[str, list[Vari
     return _save(figure, path)
 
 
-def _draw_curves(path: Path, plan: Plan, study: Study, found: dict[str, list[Variant]]) -> bool:
+def _draw_curves(path: Path, plan: Plan, study: Study, found: Mapping[str, list[Variant]]) -> bool:
     """Mean over seeds and, around it, one standard deviation, at each evaluation."""
     curves = {d: [(v, _curve(plan, study, v)) for v in vs] for d, vs in found.items()}
     if study.sweep or all(len(points) < 2 for vs in curves.values() for _, points in vs):
@@ -71,7 +76,7 @@ def _draw_curves(path: Path, plan: Plan, study: Study, found: dict[str, list[Var
     figure, axes = _panels(found, 5.5, 3.8)
     for axis, variants in zip(axes, curves.values(), strict=True):
         for number, (variant, points) in enumerate(variants):
-            color = _COLORS[number % len(_COLORS)]
+            color = f"C{number}"
             iterations = list(points)
             mean = [statistics.mean(v) for v in points.values()]
             half = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
@@ -96,7 +101,7 @@ def _curve(plan: Plan, study: Study, variant: Variant) -> dict[int, list[float]]
     return dict(sorted(points.items()))
 
 
-def _draw_sweep(path: Path, plan: Plan, study: Study, found: dict[str, list[Variant]]) -> bool:
+def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[Variant]]) -> bool:
     """The judged figure, and the share of the distillation, over the values of the sweep."""
     if not study.sweep:
         return False
@@ -122,7 +127,7 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: dict[str, list[Vari
 
 def _draw_method(above, below, plan: Plan, variants: Sequence[Variant], number: int) -> None:
     variants = sorted(variants, key=_number)
-    method, color = variants[0].method, _COLORS[number % len(_COLORS)]
+    method, color = variants[0].method, f"C{number}"
     values = [_number(v) for v in variants]
     figures = [list(v.figures("validation", plan.metric).values()) for v in variants]
     error = [statistics.stdev(f) if len(f) > 1 else 0.0 for f in figures]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from .plan_file import read_plan
 
 __all__ = ["Plan", "Study", "Training", "load_plan"]
 
@@ -118,10 +118,7 @@ def load_plan(path: str | Path) -> Plan:
         ValueError: it cannot be read, lacks a key or has one too many, or a study names a detector
             or method that is not there.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The plan {path} cannot be read ({error}).") from error
+    content = read_plan(path)
     try:
         _check_keys(content, "", "the plan")
         studies = tuple(_study(content, name, entry) for name, entry in content["studies"].items())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.files import write_whole
+from ..visualization import read_metrics
 
 __all__ = ["commit", "read_json", "read_metrics_of", "write_record"]
 
@@ -39,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def read_metrics_of(path: Path) -> Any:
     """What :func:`write_record` was given as metrics."""
-    return json.loads(gzip.decompress(path.with_name(f"{path.name}_metrics.json.gz").read_bytes()))
+    return read_metrics(path.with_name(f"{path.name}_metrics.json.gz"))
 
 
 def commit() -> str:

@@ -21,13 +21,14 @@ class Variant:
     """The runs of a method, or of a method with one setting, that are complete.
 
     Attributes:
-        method, setting: as in :class:`sssd.studies.plan.Training`.
+        method, setting, variant: as in :class:`sssd.studies.plan.Training`.
         records: by seed.
         curves: seed -> number of iterations done -> figures of the validation split.
     """
 
     method: str
     setting: str
+    variant: str
     records: Mapping[int, Mapping[str, Any]]
     curves: Mapping[int, Mapping[int, Mapping[str, float]]]
 
@@ -69,13 +70,18 @@ def _variant(plan: Plan, trainings: Sequence[Training], folder: Path) -> Variant
             for line in read_metrics_of(folder / training.name)
             if (figures := figures_of(line, plan.validation, alone=not plan.test))
         }
-    return Variant(trainings[0].method, trainings[0].setting, records, curves)
+    first = trainings[0]
+    return Variant(first.method, first.setting, first.variant, records, curves)
 
 
-def study_tables(plan: Plan, study: Study, folder: Path) -> str:
-    """All that a study says in Markdown; "" as long as it has no complete run."""
+def study_tables(plan: Plan, study: Study, found: Mapping[str, Sequence[Variant]]) -> str:
+    """All that a study says in Markdown.
+
+    Args:
+        found: from :func:`variants_of`; not empty.
+    """
     parts = []
-    for detector, variants in variants_of(plan, study, folder).items():
+    for detector, variants in found.items():
         splits = ["validation", "test"] if study.test and plan.test else ["validation"]
         for split in splits:
             dataset = plan.validation if split == "validation" else plan.test
@@ -84,9 +90,7 @@ def study_tables(plan: Plan, study: Study, folder: Path) -> str:
                 parts.append(differences)
         if shares := _shares(plan, variants):
             parts.append(shares)
-    if not parts:
-        return ""
-    done = sum(read_record(folder, training) is not None for training in study.trainings)
+    done = sum(len(variant.records) for variants in found.values() for variant in variants)
     missing = len(study.trainings) - done
     note = f"**{missing} of {len(study.trainings)} runs are still missing.**\n\n" if missing else ""
     return f"# {study.title}\n\n{note}" + "\n".join(parts)
@@ -103,9 +107,9 @@ def _figures(plan: Plan, variants: Sequence[Variant], split: str) -> str:
 
 
 def _differences(plan: Plan, study: Study, variants: Sequence[Variant], split: str) -> str:
-    """Of the judged figure, and of the same figure of the other weights, to the baseline."""
-    base = next((v for v in variants if study.baseline in (v.method, v.name)), None)
-    if not study.baseline or base is None:
+    """Of the judged figure, to the baseline."""
+    base = next((v for v in variants if v.variant == study.baseline), None)
+    if base is None:
         return ""
     rows = []
     for variant in variants:

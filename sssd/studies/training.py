@@ -89,7 +89,7 @@ def train(
     output: Path,
     tools: Path,
     environment: Mapping[str, str],
-    processes: "Processes",
+    processes: Processes,
 ) -> dict[str, Any]:
     """Makes a run, or goes on with it, and writes its record.
 

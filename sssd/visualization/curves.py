@@ -97,7 +97,6 @@ PANELS: dict[str, tuple[str, dict[str, Callable[[Line], float | None]]]] = {
     ),
 }
 _OF_EVALUATIONS = ("ap", "teacher")
-_COLORS = plt.get_cmap("tab10").colors
 _STYLES = ("-", "--", ":")
 
 
@@ -185,7 +184,7 @@ def _draw_panel(axis: plt.Axes, name: str, curves: Curves, runs: Sequence[str]) 
             iterations,
             points,
             "-" if alone else _STYLES[number],
-            color=_color(number if alone else runs.index(run)),
+            color=f"C{number if alone else runs.index(run)}",
             marker="o" if name in _OF_EVALUATIONS else None,
             markersize=3,
             drawstyle="steps-post" if name == "coefficient" else "default",
@@ -199,7 +198,7 @@ def _draw_panel(axis: plt.Axes, name: str, curves: Curves, runs: Sequence[str]) 
         axis.set_ylim(0, 100)
     if len(labels) > 1:
         handles = [
-            Line2D([], [], color=_color(i) if alone else "gray", linestyle="-" if alone else style)
+            Line2D([], [], color=f"C{i}" if alone else "gray", linestyle="-" if alone else style)
             for i, style in zip(range(len(labels)), _STYLES, strict=False)
         ]
         axis.legend(handles, [label or "last weights" for label in labels], fontsize=8)
@@ -207,11 +206,7 @@ def _draw_panel(axis: plt.Axes, name: str, curves: Curves, runs: Sequence[str]) 
 
 def _save(figure: plt.Figure, path: Path, runs: Sequence[str]) -> None:
     if len(runs) > 1:
-        handles = [Line2D([], [], color=_color(i)) for i in range(len(runs))]
+        handles = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
         figure.legend(handles, runs, loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _color(number: int) -> tuple[float, ...]:
-    return _COLORS[number % len(_COLORS)]

@@ -13,8 +13,6 @@ from matplotlib.patches import Rectangle
 
 __all__ = ["draw_detections"]
 
-_COLORS = plt.get_cmap("tab10").colors
-
 
 def draw_detections(
     path: Path,
@@ -54,12 +52,12 @@ def draw_detections(
                 boxes, classes = instances.gt_boxes, instances.gt_classes
                 labels = [class_names[c] for c in classes]
             for box, index, label in zip(boxes, classes, labels, strict=True):
-                _draw_box(axis, box.tolist(), _COLORS[int(index) % len(_COLORS)], label)
+                _draw_box(axis, box.tolist(), f"C{int(index)}", label)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_box(axis: plt.Axes, box: list[float], color: tuple, label: str) -> None:
+def _draw_box(axis: plt.Axes, box: list[float], color: str, label: str) -> None:
     x1, y1, x2, y2 = box
     axis.add_patch(
         Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8)

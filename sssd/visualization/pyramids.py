@@ -13,8 +13,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from ..meta_arch import SelfDistiller
-from ..meta_arch.ground_truth import ground_truth_objects
-from ..meta_arch.passes import captured_pyramid
+from ..meta_arch.evaluation_passes import evaluation_passes
 from ..teacher import image_cells
 
 __all__ = ["LevelView", "PyramidView", "view_pyramids"]
@@ -67,17 +66,11 @@ def view_pyramids(model: SelfDistiller, inputs: Mapping[str, Any]) -> PyramidVie
     """
     if model.training:
         raise RuntimeError("view_pyramids needs evaluation mode; call .eval() first.")
-    batch = [inputs]
-    mask_strides = getattr(model.teacher, "mask_strides", None)
-    objects = ground_truth_objects(batch, model.teacher.num_classes, mask_strides)
-    with captured_pyramid(model.student.backbone) as pyramid:
-        (detected,) = model.student(batch)
-    taught = model.teacher(pyramid, objects)
-    (of_teacher,) = model.detect_from_teacher(batch)
-
-    features = {level: pyramid[level] for level in model.teacher.strides}
+    passes = evaluation_passes(model, [inputs])
+    taught = passes.taught
+    features = {level: passes.pyramid[level] for level in model.teacher.strides}
     masks = {
-        level: image_cells(objects.image_sizes, x.shape[-2:], model.teacher.strides[level])
+        level: image_cells(passes.image_sizes, x.shape[-2:], model.teacher.strides[level])
         for level, x in features.items()
     }
     distances = model.training_parts["distillation"].position_distances(features, taught, masks)
@@ -91,7 +84,10 @@ def view_pyramids(model: SelfDistiller, inputs: Mapping[str, Any]) -> PyramidVie
         levels[level] = LevelView(
             crop(_strength(features[level])), crop(_strength(taught[level])), crop(distances[level])
         )
-    return PyramidView(levels, detected["instances"], of_teacher["instances"], inputs["instances"])
+    found, found_by_teacher = (
+        detections[0]["instances"] for detections in (passes.detected, passes.detected_from_teacher)
+    )
+    return PyramidView(levels, found, found_by_teacher, inputs["instances"])
 
 
 def _strength(maps: Tensor) -> Tensor:

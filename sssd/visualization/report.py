@@ -16,7 +16,6 @@ from .pyramids import PyramidView
 
 __all__ = ["Picture", "PictureReport", "draw_boxes", "draw_levels", "write_report"]
 
-_COLORS = matplotlib.colormaps["tab10"].colors
 _WIDTH = 480  # pixels of a picture in the report
 
 
@@ -26,12 +25,10 @@ class Picture:
     Attributes:
         title: below it.
         pixels: (H, W, 3) uint8, RGB.
-        crisp: show its pixels as they are when it is enlarged.
     """
 
     title: str
     pixels: np.ndarray
-    crisp: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def draw_boxes(image: np.ndarray, instances: Instances, class_names: Sequence[st
         labels = [f"{n} {s:.2f}" for n, s in zip(labels, instances.scores.tolist(), strict=True)]
     scale = max(1.0, _WIDTH / image.shape[1])  # legible on small pictures
     visualizer = Visualizer(image, scale=scale, instance_mode=ColorMode.IMAGE)
-    colors = [_COLORS[c % len(_COLORS)] for c in classes]
+    colors = [f"C{c}" for c in classes]
     drawn = visualizer.overlay_instances(
         boxes=boxes.tensor.cpu(), labels=labels, assigned_colors=colors
     )
@@ -85,9 +82,9 @@ def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
     for name, level in view.levels.items():
         most = max(level.student.max(), level.teacher.max(), 1e-12)
         levels[name] = [
-            Picture(f"{name}, student", _colored(level.student / most, "viridis"), crisp=True),
-            Picture(f"{name}, teacher", _colored(level.teacher / most, "viridis"), crisp=True),
-            Picture(f"{name}, distance", _colored(level.distance / highest, "magma"), crisp=True),
+            Picture(f"{name}, student", _colored(level.student / most, "viridis")),
+            Picture(f"{name}, teacher", _colored(level.teacher / most, "viridis")),
+            Picture(f"{name}, distance", _colored(level.distance / highest, "magma")),
         ]
     return levels
 

@@ -73,14 +73,14 @@ def test_a_sweep_has_shares_and_pictures_of_its_own(tmp_path):
 
 
 def test_curves_are_means_over_seeds_from_where_the_figure_begins(tmp_path, monkeypatch):
-    from sssd.studies import figures
+    from sssd.studies import figures, report
 
     plan = plan_of(tmp_path, {"methods": ["plain"], "figure_from": 0.5})
     for training in plan.trainings():
         curve = [(199, 1.0), (299, 2.0 + training.seed), (599, 4.0)]
         write(tmp_path, training, 4.0, curve=curve)
     (study,) = plan.studies
-    variants = figures.variants_of(plan, study, tmp_path)
+    variants = report.variants_of(plan, study, tmp_path)
     points = figures._curve(plan, study, variants["fcos"][0])
     assert points == {300: [13.0, 14.0, 15.0], 600: [14.0] * 3}
     assert "![study_curves](study_curves.png)" in write_studies(plan, tmp_path)
@@ -108,3 +108,13 @@ def test_the_bootstrap_is_that_of_the_mean_difference():
     assert low == pytest.approx(199.5 - 1.96 * error, abs=1) and high == pytest.approx(
         199.5 + 1.96 * error, abs=1
     )
+
+
+def test_a_setting_of_a_sweep_can_be_the_baseline(tmp_path):
+    sweep = {"key": "MODEL.SSSD.COEFFICIENT.VALUES", "values": [[10], [50]]}
+    plan = plan_of(tmp_path, {"methods": ["lgd"], "sweep": sweep, "baseline": "lgd@10"})
+    for training in plan.trainings():
+        write(tmp_path, training, float(training.setting) + training.seed)
+    text = write_studies(plan, tmp_path)
+    assert "difference to lgd @ 10 |" in text
+    assert "| lgd @ 50 | 3 | +40.00 ± 0.00 | +40.00 to +40.00 |" in text
