@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
 )
 from detectron2.modeling import build_model
 
 from sssd.engine import Checkpointer, export_student, load_config, user_errors
+from sssd.evaluation import ground_truth_mapper
 from sssd.visualization import draw_detections, plot_runs, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -123,9 +123,7 @@ def draw_pictures() -> None:
     name = cfg.DATASETS.TEST[0]
     records = DatasetCatalog.get(name)
     busiest = sorted(records, key=lambda r: -len(r["annotations"]))[2 : 2 + NUM_PICTURES]
-    # Training's mapper, to have the ground truth, with evaluation's resizing
-    mapper = DatasetMapper(cfg, is_train=False)
-    mapper.is_train = True
+    mapper = ground_truth_mapper(cfg)
     images, truth, student, teacher = [], [], [], []
     for (inputs,) in build_detection_test_loader(busiest, mapper=mapper, num_workers=0):
         height, width = inputs["image"].shape[1:]

@@ -119,7 +119,8 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
         below.set_xlabel(study.sweep.rpartition("SSSD.")[2])
         for axis in (above, below):
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            if axis.has_data():  # no shares without distillation
+                axis.legend(fontsize=8)
         if all(_number(v) > 0 for v in variants):
             below.set_xscale("log")
     return _save(figure, path)
