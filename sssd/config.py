@@ -35,8 +35,13 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.TEACHER.WEIGHTS = ""
     # Factor on the detection losses of the teacher's pass.
     cfg.MODEL.SSSD.TEACHER.LOSS_WEIGHT = 1.0
-    # Fraction of MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE that the teacher's pass samples.
-    cfg.MODEL.SSSD.TEACHER.ROI_FRACTION = 1.0
+    # "float32", or "bfloat16" for what only training needs: the teacher, its pass through the heads
+    # and the student's adapter. The student's own pass keeps its precision. With SOLVER.AMP all has
+    # that of SOLVER.AMP_PRECISION.
+    cfg.MODEL.SSSD.TEACHER.PRECISION = "float32"
+    # Activation checkpointing: the maps inside teacher and adapter are not kept, but computed a
+    # second time for their gradients. The same function in less memory and more time.
+    cfg.MODEL.SSSD.TEACHER.ACTIVATION_CHECKPOINT = False
     # Width of the object embeddings; 0 for the pyramid's width.
     cfg.MODEL.SSSD.TEACHER.EMBED_DIM = 0
     # Width of the maps that the teacher refines, before the last convolution; 0 for the pyramid's

@@ -85,10 +85,14 @@ def separate_blocks(separate: bool) -> None:
 
 def use_torch_once(device: torch.device) -> None:
     """A step of next to nothing, for what torch loads and starts in the first step of a process."""
-    layers = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1), nn.Flatten()).to(device)
+    layers = nn.Sequential(
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 8)
+    ).to(device)  # fmt: skip
     optimizer = torch.optim.SGD(layers.parameters(), 0.1, momentum=0.9)
-    layers(torch.zeros(2, 1, 4, 4, device=device)).sum().backward()
-    optimizer.step()
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+            layers(torch.zeros(2, 8, 4, 4, device=device)).sum().backward()
+        optimizer.step()
 
 
 def synchronise(device: torch.device) -> None:

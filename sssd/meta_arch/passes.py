@@ -9,14 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.structures import Boxes, Instances, RotatedBoxes
 from torch import Tensor, nn
 
 __all__ = [
     "AnchorMatching",
     "captured_pyramid",
-    "fewer_rois",
     "forked_random_state",
     "frozen",
     "in_evaluation_mode",
@@ -66,20 +64,6 @@ def replayed_pyramid(student: nn.Module, pyramid: Mapping[str, Tensor]) -> Itera
         for module in heads:
             if getattr(module, "vis_period", 0):
                 module.vis_period = 0
-        yield
-
-
-@contextmanager
-def fewer_rois(student: nn.Module, fraction: float) -> Iterator[None]:
-    """The student's RoI heads sample that fraction of their regions of interest, but at least one.
-
-    How many of them show objects is in proportion, as the heads have it.
-    """
-    with ExitStack() as stack:
-        for heads in student.modules():
-            if isinstance(heads, ROIHeads):
-                count = max(round(fraction * heads.batch_size_per_image), 1)
-                stack.enter_context(replaced_attribute(heads, "batch_size_per_image", count))
         yield
 
 

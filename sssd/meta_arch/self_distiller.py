@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..losses import PyramidDistillation, ShareController
 from ..teacher import image_cells
@@ -24,13 +25,13 @@ from .logged_value import LoggedValue
 from .passes import (
     AnchorMatching,
     captured_pyramid,
-    fewer_rois,
     forked_random_state,
     frozen,
     replayed_pyramid,
 )
 from .phases import Phases
 from .pooling import pooled_over_cells
+from .precision import check_precision, computing_in
 from .student_wrapper import StudentWrapper
 
 __all__ = ["SelfDistiller"]
@@ -67,7 +68,8 @@ class SelfDistiller(StudentWrapper):
         coefficient: Callable[[int], float] | ShareController,
         phases: Phases,
         teacher_loss_weight: float = 1.0,
-        teacher_roi_fraction: float = 1.0,
+        teacher_precision: str = "float32",
+        activation_checkpoint: bool = False,
     ) -> None:
         """
         Args:
@@ -78,14 +80,12 @@ class SelfDistiller(StudentWrapper):
             phases: when the teacher learns and the student learns from it, when the student's
                 backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
-            teacher_roi_fraction: fraction of the student's RoIs that the teacher's pass samples.
+            teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
+            activation_checkpoint: compute what teacher and adapter hold for their gradients
+                twice, instead of keeping it.
         """
         super().__init__()
-        if not 0 < teacher_roi_fraction <= 1:
-            raise ValueError(
-                "MODEL.SSSD.TEACHER.ROI_FRACTION must be above 0 and at most 1, got "
-                f"{teacher_roi_fraction}."
-            )
+        check_precision(teacher_precision)
         weights = distillation.options["level_weights"]
         if weights and len(weights) != len(teacher.strides):
             raise ValueError(
@@ -103,7 +103,8 @@ class SelfDistiller(StudentWrapper):
             self.schedule = coefficient
         self.phases = phases
         self.teacher_loss_weight = teacher_loss_weight
-        self.teacher_roi_fraction = teacher_roi_fraction
+        self.teacher_precision = teacher_precision
+        self.activation_checkpoint = activation_checkpoint
         # Raw distance and coefficient of the last training call, for the log.
         self.last_distance: LoggedValue | None = None
         self.last_coefficient: LoggedValue | None = None
@@ -113,14 +114,18 @@ class SelfDistiller(StudentWrapper):
         keys = cfg.MODEL.SSSD
         student = build_student(cfg)
         teacher, distance = _options(keys.TEACHER), _options(keys.DISTANCE)
-        of_pass = {f"teacher_{key}": teacher.pop(key) for key in ("loss_weight", "roi_fraction")}
+        how = {
+            "teacher_loss_weight": teacher.pop("loss_weight"),
+            "teacher_precision": teacher.pop("precision"),
+            "activation_checkpoint": teacher.pop("activation_checkpoint"),
+        }
         del teacher["weights"]
         if teacher["name"] != "label_encoding":
             own = _options(keys.get(teacher["name"].upper(), {}))
             teacher = {"name": teacher["name"], "frozen": teacher["frozen"], **own}
         return {
             "student": student,
-            **of_pass,
+            **how,
             **build_training_parts(
                 student,
                 num_classes=keys.NUM_CLASSES,
@@ -171,7 +176,7 @@ class SelfDistiller(StudentWrapper):
 
         features = {level: pyramid[level] for level in self.teacher.strides}
         with frozen(self.teacher, not teaches):
-            taught = self.teacher(features, objects)
+            taught = self._compute(self.teacher, features, objects)
         teacher_losses = {}
         if teaches:
             with matching.answered():
@@ -184,7 +189,7 @@ class SelfDistiller(StudentWrapper):
             level: image_cells(image_sizes, x.shape[-2:], self.teacher.strides[level])
             for level, x in features.items()
         }
-        distance = self.training_parts["distillation"](features, taught, masks)
+        distance = self._compute(self.training_parts["distillation"], features, taught, masks)
         if coefficient is None:
             detection_loss = sum(losses.values()) + sum(teacher_losses.values())
             coefficient = self.training_parts["coefficient"](detection_loss, distance)
@@ -234,13 +239,20 @@ class SelfDistiller(StudentWrapper):
             frozen += self.training_parts["distillation"].parameters()
         return [p for p in frozen if p.requires_grad]
 
+    def _compute(self, part: nn.Module, *inputs: Any) -> Any:
+        """What a training part returns, in the precision and with the memory that were chosen."""
+        with computing_in(self.teacher_precision, self.device):
+            if self.activation_checkpoint:
+                return checkpoint(part, *inputs, use_reentrant=False)
+            return part(*inputs)
+
     def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
         """Detection losses of the teacher's pyramid through the student's own heads."""
         storage = get_event_storage()
         try:
             with (
+                computing_in(self.teacher_precision, self.device),
                 replayed_pyramid(self.student, pyramid),
-                fewer_rois(self.student, self.teacher_roi_fraction),
                 pooled_over_cells(self.student),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.

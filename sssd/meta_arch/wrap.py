@@ -23,7 +23,8 @@ def distill(
     teacher: nn.Module | Mapping[str, Any] | None = None,
     distance: Mapping[str, Any] | None = None,
     teacher_loss_weight: float = 1.0,
-    teacher_roi_fraction: float = 1.0,
+    teacher_precision: str = "float32",
+    activation_checkpoint: bool = False,
 ) -> SelfDistiller:
     """Wraps a detector that is already built: for LazyConfig and for training loops of one's own.
 
@@ -42,7 +43,9 @@ def distill(
             (:class:`sssd.teacher.LabelEncodingTeacher`).
         distance: options of :class:`sssd.losses.PyramidDistillation`.
         teacher_loss_weight: factor on the detection losses of the teacher's pass.
-        teacher_roi_fraction: fraction of the student's RoIs that the teacher's pass samples.
+        teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
+        activation_checkpoint: compute what teacher and adapter hold for their gradients twice,
+            instead of keeping it.
 
     Raises:
         ValueError: when the detector cannot be wrapped, with the reason, or an option is unknown.
@@ -60,5 +63,6 @@ def distill(
         coefficient=coefficient,
         phases=phases,
         teacher_loss_weight=teacher_loss_weight,
-        teacher_roi_fraction=teacher_roi_fraction,
+        teacher_precision=teacher_precision,
+        activation_checkpoint=activation_checkpoint,
     )

@@ -1,4 +1,4 @@
-"""What makes the teacher cheaper: learning seldom, and fewer RoIs in its pass."""
+"""What makes the teacher cheaper: learning seldom, lower precision, activation checkpointing."""
 
 import pytest
 import torch
@@ -7,10 +7,12 @@ from detectron2.modeling import build_model
 
 from sssd.engine import build_optimizer
 from sssd.meta_arch import Phases
+from sssd.meta_arch.precision import _warn_if_slow, computing_in
 from tests.detectors import DETECTORS, build, losses_at, tiny_config, training_batch
 
 PERIOD = "MODEL.SSSD.PHASES.TEACHER_PERIOD"
-ROI_FRACTION = "MODEL.SSSD.TEACHER.ROI_FRACTION"
+PRECISION = "MODEL.SSSD.TEACHER.PRECISION"
+ACTIVATION_CHECKPOINT = "MODEL.SSSD.TEACHER.ACTIVATION_CHECKPOINT"
 
 
 def losses_with(*opts, iteration=0, detector="faster_rcnn", distilled=True):
@@ -98,34 +100,93 @@ def test_where_the_teacher_does_not_learn_it_stays_as_it_is():
         assert not any(map(torch.equal, others, others_later))
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(0.25, 4), (0.5, 8), (0.01, 1)])
-def test_the_teachers_pass_samples_a_fraction_of_the_rois(fraction, count):
-    # 16 an image, of which as many as there are show objects up to a quarter.
-    model, losses, storage = losses_with(ROI_FRACTION, fraction)
-    _, expected, _ = losses_with()
-    latest = {name: value for name, (value, _) in storage.latest().items()}
-    assert latest["roi_head/num_fg_samples"] + latest["roi_head/num_bg_samples"] == 16
-    of_teacher = [latest[f"teacher/roi_head/num_{kind}_samples"] for kind in ("fg", "bg")]
-    assert sum(of_teacher) == count
-    for name in ("loss_cls", "loss_box_reg", "teacher_loss_rpn_cls", "loss_distill"):
-        assert torch.equal(losses[name], expected[name]), name
-    assert "batch_size_per_image" in vars(model.student.roi_heads)
-    assert model.student.roi_heads.batch_size_per_image == 16
+def gradients(model, losses):
+    sum(losses.values()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_detector_without_rois_takes_no_notice():
-    _, losses, _ = losses_with(ROI_FRACTION, 0.25, detector="retinanet")
-    _, expected, _ = losses_with(detector="retinanet")
-    for name, value in expected.items():
-        assert torch.equal(losses[name], value), name
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_bfloat16_leaves_the_students_pass_alone(detector):
+    plain, expected, _ = losses_with(detector=detector)
+    model = build(tiny_config(PRECISION, "bfloat16", detector=detector))
+    seen = {"student": set(), "training": set()}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            part = "student" if name.startswith("student.backbone") else "training"
+            if part == "student" or name.startswith("training_parts"):
+                module.register_forward_hook(
+                    lambda module, inputs, output, part=part: seen[part].add(output.dtype)
+                )
+    torch.manual_seed(3)
+    with torch.jit.optimized_execution(False):
+        losses, _ = losses_at(model, 0, training_batch(detector=detector))
+    assert seen == {"student": {torch.float32}, "training": {torch.bfloat16}}
+    for name, value in losses.items():
+        if name.startswith("teacher_") or name == "loss_distill":
+            torch.testing.assert_close(value.float(), expected[name], rtol=0.03, atol=0.01)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+    ours, theirs = gradients(model, losses), gradients(plain, expected)
+    assert ours.keys() == theirs.keys()
+    assert all(grad.dtype == torch.float32 for grad in ours.values())
+    for part in ("student.", "training_parts.teacher.", "training_parts.distillation."):
+        a, b = (
+            torch.cat([g.flatten() for name, g in grads.items() if name.startswith(part)])
+            for grads in (ours, theirs)
+        )
+        # (rounding moves the teacher's proposals, and with them what its pass samples)
+        assert torch.cosine_similarity(a, b, dim=0) > 0.9, part
+
+
+def test_mixed_precision_of_the_whole_step_takes_precedence():
+    def losses(*opts):
+        with torch.autocast("cpu", torch.float16):
+            return losses_with(*opts)[1]
+
+    expected = losses()
+    for name, value in losses(PRECISION, "bfloat16").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_device_without_bfloat16_is_named(monkeypatch, caplog):
+    _warn_if_slow.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    for _ in range(2):
+        with computing_in("bfloat16", torch.device("cpu")):
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    _warn_if_slow.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "MODEL.SSSD.TEACHER.PRECISION is bfloat16, for which this cpu has no instructions: it is "
+        "no faster than float32 there."
+    ]
+
+
+@pytest.mark.parametrize("period", [1, 2])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_activation_checkpointing_computes_the_same(detector, period):
+    plain, expected, _ = losses_with(PERIOD, period, iteration=1, detector=detector)
+    model, losses, _ = losses_with(
+        PERIOD, period, ACTIVATION_CHECKPOINT, True, iteration=1, detector=detector
+    )
+    calls = []
+    convolution = model.training_parts["distillation"].adapter[0]
+    convolution.register_forward_hook(lambda *args: calls.append(args))
+    for name, value in losses.items():
+        assert torch.equal(value, expected[name]), name
+    ours, theirs = gradients(model, losses), gradients(plain, expected)
+    assert ours.keys() == theirs.keys()
+    for name, grad in ours.items():
+        assert torch.equal(grad, theirs[name]), name
+    # A second time for the gradients, on each of the levels.
+    assert len(calls) == len(model.teacher.strides)
 
 
 @pytest.mark.parametrize(
     ("opts", "sentence"),
     [
         ([PERIOD, 0], "TEACHER_PERIOD must be >= 1, got 0"),
-        ([ROI_FRACTION, 0.0], "ROI_FRACTION must be above 0 and at most 1, got 0.0"),
-        ([ROI_FRACTION, 1.5], "ROI_FRACTION must be above 0 and at most 1, got 1.5"),
+        ([PRECISION, "float16"], "TEACHER.PRECISION is 'float16': it has to be one of float32, bf"),
     ],
 )
 def test_bad_values_are_named(opts, sentence):

@@ -9,5 +9,4 @@ model = sssd_efficient(
     cascade_rcnn,
     train.max_iter,
     [60000, 80000],
-    teacher_roi_fraction=0.5,
 )

@@ -9,5 +9,4 @@ model = sssd_efficient(
     faster_rcnn,
     train.max_iter,
     [120000, 160000],
-    teacher_roi_fraction=0.5,
 )

@@ -9,6 +9,5 @@ model = sssd_efficient(
     mask_rcnn,
     train.max_iter,
     [120000, 160000],
-    teacher_roi_fraction=0.5,
 )
 dataloader.train.mapper.use_instance_mask = True
