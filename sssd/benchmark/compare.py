@@ -174,7 +174,7 @@ def summarise(
           mean) step of the round divided by that of the first worker in the same round;
         - ``images_per_second``: of such a step, without loading (a pair of images counts once);
         - ``data_seconds``: median time to load a batch, no part of the step;
-        - ``memory``: bytes ``before`` the first step, at the ``peak``, and ``above``, their
+        - ``memory``: bytes at the ``peak``, those ``before`` that do not count, and ``above``, the
           difference; ``memory_ratio``: of ``above`` to that of the first. None where unknown;
         - ``batch_size``, and ``turns``: when each began and ended, and the times of its steps.
     """

@@ -87,7 +87,7 @@ class InferenceInTurns:
         """Runs passes of one image each; see `TrainingInTurns.run` for what it returns."""
         if self._memory is None:
             use_torch_once(self.device)
-            self._memory = PeakMemory(self.device)
+            self._memory = PeakMemory(self.device, self.model)
         began = time.monotonic()
         seconds = []
         for _ in range(count):

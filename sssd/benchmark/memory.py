@@ -18,13 +18,16 @@ _TRIM_THRESHOLD = -1
 class PeakMemory:
     """The most memory that was in use since it was made.
 
-    On a GPU, that is what torch has allocated there, weights included. On a CPU it is the resident
-    set of the process, of which only what comes on top of its start counts: libraries, weights and
-    the data set were there before; activations, gradients and the optimizer's state come on top.
-    What tensors need shows with `separate_blocks` only.
+    It is that of weights, activations, gradients and the optimizer's state: on a GPU what torch has
+    allocated there, on a CPU the resident set of the process without libraries and data set, which
+    were there at the start. What tensors need shows with `separate_blocks` only.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, model: nn.Module) -> None:
+        """
+        Args:
+            model: whose weights are there already, and count.
+        """
         self._device = device
         self._before: int | None = 0
         self._kept: dict[str, int | None] | None = None
@@ -36,7 +39,7 @@ class PeakMemory:
         with suppress(AttributeError, OSError, TypeError):  # another C library than GNU's
             ctypes.CDLL(None).malloc_trim(0)
         try:
-            self._before = _status("VmRSS")
+            self._before = _status("VmRSS") - _bytes_of(model)
         except OSError:
             self._before = None  # no Linux
         self.restart_peak()
@@ -57,7 +60,7 @@ class PeakMemory:
             self._kept = self.read()
 
     def read(self) -> dict[str, int | None]:
-        """``before`` and ``peak`` in bytes; on a GPU ``before`` is 0. None where unknown."""
+        """``peak``, and how much of it does not count (``before``), in bytes; None if unknown."""
         if self._kept is not None:
             return self._kept
         if self._device.type == "cuda":
@@ -73,13 +76,13 @@ def separate_blocks(separate: bool) -> None:
 
     GNU's allocator keeps freed blocks for others of their size, so a step whose tensors have many
     sizes can seem to need more memory than one whose tensors are larger. If they are separate, each
-    tensor of a MiB or more has pages of its own, which the system gets back with it (and has to
+    tensor of 128 KiB or more has pages of its own, which the system gets back with it (and has to
     clear for the next one: steps take longer). That is to begin before any are freed. If not, the
     allocator's thresholds are those that it arrives at by itself.
     """
     with suppress(AttributeError, OSError, TypeError):  # another C library
         set_option = ctypes.CDLL(None).mallopt
-        set_option(_MMAP_THRESHOLD, 2**20 if separate else 2**25)
+        set_option(_MMAP_THRESHOLD, 2**17 if separate else 2**25)
         set_option(_TRIM_THRESHOLD, 2**17 if separate else 2**26)
 
 
@@ -99,6 +102,10 @@ def synchronise(device: torch.device) -> None:
     """Waits until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 def _status(key: str) -> int:

@@ -18,10 +18,10 @@ __all__ = [
 ]
 
 MEMORY = {
-    "cpu": "peak resident set of the process (Linux: VmHWM) while it is warmed up, above its "
-    "resident set before the first step, when libraries, data, student and teacher were there: "
-    "activations, gradients and the optimizer's state. The allocator keeps no freed tensors in "
-    "that time (GNU's malloc, mmap from a MiB on)",
+    "cpu": "peak resident set of the process (Linux: VmHWM) while it is warmed up, without "
+    "libraries and data, which were there before the first step: weights, activations, gradients "
+    "and the optimizer's state. The allocator keeps no freed tensors in that time (GNU's malloc, "
+    "mmap from 128 KiB on)",
     "cuda": "peak of what torch has allocated on the GPU, weights included",
 }
 

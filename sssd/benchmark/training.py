@@ -159,7 +159,7 @@ class TrainingInTurns:
             data.append(time.perf_counter() - start)
             if self.memory is None:
                 use_torch_once(self.device)
-                self.memory = PeakMemory(self.device)
+                self.memory = PeakMemory(self.device, self.model)
             steps.append(self._step())
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # while it sleeps, the others need it
