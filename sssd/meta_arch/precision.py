@@ -41,7 +41,8 @@ def _warn_if_slow(name: str, device: torch.device) -> None:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        mkldnn = torch.backends.mkldnn.is_available()
+        fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not fast:
         logging.getLogger(__name__).warning(
             "MODEL.SSSD.TEACHER.PRECISION is %s, for which this %s has no instructions: it is no "
