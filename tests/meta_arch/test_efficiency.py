@@ -109,18 +109,17 @@ def gradients(model, losses):
 def test_bfloat16_leaves_the_students_pass_alone(detector):
     plain, expected, _ = losses_with(detector=detector)
     model = build(tiny_config(PRECISION, "bfloat16", detector=detector))
-    seen = {"student": set(), "training": set()}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Conv2d):
-            part = "student" if name.startswith("student.backbone") else "training"
-            if part == "student" or name.startswith("training_parts"):
+    seen = {"student.backbone": set(), "training_parts": set()}
+    for part, dtypes in seen.items():
+        for module in model.get_submodule(part).modules():
+            if isinstance(module, torch.nn.Conv2d):
                 module.register_forward_hook(
-                    lambda module, inputs, output, part=part: seen[part].add(output.dtype)
+                    lambda module, inputs, output, dtypes=dtypes: dtypes.add(output.dtype)
                 )
     torch.manual_seed(3)
     with torch.jit.optimized_execution(False):
         losses, _ = losses_at(model, 0, training_batch(detector=detector))
-    assert seen == {"student": {torch.float32}, "training": {torch.bfloat16}}
+    assert seen == {"student.backbone": {torch.float32}, "training_parts": {torch.bfloat16}}
     for name, value in losses.items():
         if name.startswith("teacher_") or name == "loss_distill":
             torch.testing.assert_close(value.float(), expected[name], rtol=0.03, atol=0.01)
