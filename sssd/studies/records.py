@@ -2,31 +2,35 @@
 
 import gzip
 import json
+import os
+import re
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..engine.files import write_whole
 from ..visualization import read_metrics
 
-__all__ = ["commit", "read_json", "read_metrics_of", "write_record"]
+__all__ = ["commit", "public_log", "read_json", "read_metrics_of", "write_record"]
 
 
-def write_record(path: Path, record: dict[str, Any], metrics: Any, log: Path | None = None) -> None:
+def write_record(path: Path, record: dict[str, Any], metrics: Any, log: str = "") -> None:
     """Writes ``<path>.json`` last, and whole or not at all: where it is, the run is complete.
 
     Args:
         path: without a suffix.
         record: of the run.
         metrics: becomes ``<path>_metrics.json.gz``.
-        log: text that becomes ``<path>_log.txt.gz``.
+        log: becomes ``<path>_log.txt.gz``, unless it is empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without a time in them, equal contents are equal files.
     packed = gzip.compress(json.dumps(metrics).encode(), mtime=0)
     path.with_name(f"{path.name}_metrics.json.gz").write_bytes(packed)
-    if log is not None:
-        packed = gzip.compress(log.read_bytes(), mtime=0)
+    if log:
+        packed = gzip.compress(log.encode(), mtime=0)
         path.with_name(f"{path.name}_log.txt.gz").write_bytes(packed)
     text = json.dumps(record, indent=1) + "\n"
     write_whole(str(path.with_name(f"{path.name}.json")), lambda file: file.write(text.encode()))
@@ -41,6 +45,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_metrics_of(path: Path) -> Any:
     """What :func:`write_record` was given as metrics."""
     return read_metrics(path.with_name(f"{path.name}_metrics.json.gz"))
+
+
+def public_log(path: Path, places: Mapping[str, str | Path]) -> str:
+    """A log without colours, and without the folders of the machine that wrote it.
+
+    Args:
+        path: of the log.
+        places: name -> folder that the name stands for in the text, such as "$OUTPUT_DIR". Python's
+            own folder is added as "$PREFIX", and the current one as ".".
+    """
+    text = re.sub(r"\x1b\[[\d;]*m", "", path.read_text(errors="replace"))
+    named = {"$PREFIX": sys.prefix, ".": os.getcwd(), **places}
+    # With links and without; of two folders of which one is in the other, the inner first.
+    names = {
+        str(path): name
+        for name, folder in named.items()
+        for path in (Path(folder).absolute(), Path(folder).resolve())
+        if path != path.parent
+    }
+    for folder in sorted(names, key=len, reverse=True):
+        whole = rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])"
+        text = re.sub(whole, lambda _, name=names[folder]: name, text)
+    return text
 
 
 def commit() -> str:

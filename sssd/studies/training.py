@@ -19,7 +19,7 @@ from ..engine.config_file import load_config
 from ..engine.signals import REASON, STATUS
 from ..visualization import read_metrics
 from .plan import Plan, Training
-from .records import commit, read_json, write_record
+from .records import commit, public_log, read_json, write_record
 
 __all__ = ["Processes", "TrainingFailed", "TrainingStopped", "check", "read_record", "train"]
 
@@ -131,7 +131,7 @@ def train(
             f"{training.name} has failed ({lines[-1] if lines else f'status {status}'}); "
             f"see {output / 'console.txt'}"
         )
-    return _keep(plan, training, folder, output / "step2" if labelenc else output)
+    return _keep(plan, training, folder, output, "step2" if labelenc else "")
 
 
 def _config(training: Training) -> CfgNode:
@@ -157,8 +157,8 @@ def _keep_only_what_continues(output: Path, training: Training) -> None:
     identity.write_text(wanted)
 
 
-def _keep(plan: Plan, training: Training, folder: Path, output: Path) -> dict[str, Any]:
-    metrics = read_metrics(output / "metrics.json")
+def _keep(plan: Plan, training: Training, folder: Path, output: Path, step: str) -> dict[str, Any]:
+    metrics = read_metrics(output / step / "metrics.json")
     record = {
         "detector": training.detector,
         "variant": training.variant,
@@ -176,7 +176,11 @@ def _keep(plan: Plan, training: Training, folder: Path, output: Path) -> dict[st
         "commit": commit(),
         "torch": torch.__version__,
     }
-    write_record(folder / training.name, record, metrics, output / "log.txt")
+    places = {"$OUTPUT_DIR": output}
+    if root := os.environ.get("DETECTRON2_DATASETS"):
+        places["$DETECTRON2_DATASETS"] = Path(root)
+    log = public_log(output / step / "log.txt", places)
+    write_record(folder / training.name, record, metrics, log)
     return record
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from sssd.studies.detection import run_studies, write_studies
 from sssd.studies.plan import load_plan
+from sssd.studies.records import public_log
 from sssd.studies.training import (
     Processes,
     TrainingFailed,
@@ -77,6 +78,10 @@ def test_a_run_leaves_its_record_metrics_and_log(plan, tmp_path, capsys):
     assert record["test"].keys() == record["validation"].keys()
     log = gzip.decompress((tmp_path / "faster_rcnn/sssd/seed1_log.txt.gz").read_bytes()).decode()
     assert "Self-distillation of GeneralizedRCNN" in log
+    # No folder of this machine is in it.
+    assert "Saving checkpoint to $OUTPUT_DIR/model_final.pth" in log
+    assert "from $DETECTRON2_DATASETS/bccd/annotations/instances_val.json" in log
+    assert str(tmp_path) not in log and sys.prefix not in log and "\x1b" not in log
 
     # What has a record is not run again, and the tables are there.
     assert run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE]) == []
@@ -188,6 +193,26 @@ def test_a_config_that_cannot_be_used_is_found_before_any_run(plan, tmp_path):
     path.write_text(path.read_text().replace("_sssd", "_missing"))
     with pytest.raises(ValueError, match=r"faster_rcnn/sssd/seed1 cannot be run: .*_missing.yaml"):
         check(load_plan(path).trainings()[1])
+
+
+def test_a_log_names_folders_by_what_they_are(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    (tmp_path / "log.txt").write_text(
+        f"\x1b[32mSaving\x1b[0m to {tmp_path}/link/out/m.pth, '{tmp_path}/real/out', "
+        f"{tmp_path}/real/outer; {tmp_path}/link/configs/a.yaml; torch @{sys.prefix}/lib; "
+        "out of 5 datasets"
+    )
+    places = {"$OUTPUT_DIR": "out", "$DETECTRON2_DATASETS": "datasets"}
+    assert public_log(tmp_path / "log.txt", places) == (
+        f"Saving to {tmp_path}/link/out/m.pth, '$OUTPUT_DIR', ./outer; "
+        f"{tmp_path}/link/configs/a.yaml; torch @$PREFIX/lib; out of 5 datasets"
+    )
+    places = {"$OUTPUT_DIR": tmp_path / "link/out"}
+    assert "to $OUTPUT_DIR/m.pth, '$OUTPUT_DIR', ./outer" in public_log(
+        tmp_path / "log.txt", places
+    )
 
 
 def test_the_last_evaluation_counts_and_of_each_dataset_its_own():
