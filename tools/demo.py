@@ -19,17 +19,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_test_loader,
-)
-from detectron2.modeling import build_model
+from detectron2.data import MetadataCatalog
 
-from sssd.engine import Checkpointer, export_student, load_config, user_errors
-from sssd.evaluation import ground_truth_mapper
-from sssd.visualization import draw_detections, plot_runs, read_metrics
+from sssd.engine import export_student, load_config, user_errors
+from sssd.visualization import plot_runs, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = Path("output") / "demo"
@@ -38,7 +31,6 @@ RUNS = {
     "sssd": (REPOSITORY / "configs/Demo/faster_rcnn_R_18_FPN_sssd.yaml", OUTPUT),
 }
 HEARTBEAT_SECONDS = 5
-NUM_PICTURES = 4
 
 
 class Heartbeat(threading.Thread):
@@ -115,55 +107,25 @@ def train_both(heartbeat: Heartbeat) -> None:
 
 
 def draw_pictures() -> None:
-    """Detections of the student, of the teacher's pass and the ground truth; training curves."""
-    cfg = load_config(str(RUNS["sssd"][0]))
-    model = build_model(cfg).eval()
-    # With its training parts, which a plain load leaves out
-    Checkpointer(model, str(OUTPUT)).load(str(OUTPUT / "model_final.pth"), ["sssd"])
-    name = cfg.DATASETS.TEST[0]
-    records = DatasetCatalog.get(name)
-    busiest = sorted(records, key=lambda r: -len(r["annotations"]))[2 : 2 + NUM_PICTURES]
-    mapper = ground_truth_mapper(cfg)
-    images, truth, student, teacher = [], [], [], []
-    for (inputs,) in build_detection_test_loader(busiest, mapper=mapper, num_workers=0):
-        height, width = inputs["image"].shape[1:]
-        inputs["height"], inputs["width"] = height, width
-        # BGR, as the model wants it, to RGB
-        images.append(inputs["image"].permute(1, 2, 0).numpy()[:, :, ::-1])
-        truth.append(inputs["instances"])
-        with torch.no_grad():
-            found = model([inputs])[0]["instances"].to("cpu")
-        taught = model.detect_from_teacher([inputs])[0]["instances"].to("cpu")
-        # As many as there are objects: detectors this young have low scores of different scales
-        count = len(inputs["instances"])
-        student.append(found[found.scores.argsort(descending=True)[:count]])
-        teacher.append(taught[taught.scores.argsort(descending=True)[:count]])
-    draw_detections(
-        OUTPUT / "detections.png",
-        images,
-        {"student": student, "teacher's pass": teacher, "ground truth": truth},
-        MetadataCatalog.get(name).thing_classes,
-    )
-    plot_runs(
-        OUTPUT / "curves.png",
-        {"": read_metrics(OUTPUT / "metrics.json")},
-        panels=("losses", "share", "coefficient"),
-    )
-
-
-def write_report() -> None:
-    """Detections of all and both pyramids, as `tools/visualize.py` shows them."""
+    """Detections of all, both pyramids and curves, as `tools/visualize.py` shows them."""
     (config, output), (plain_config, plain_output) = RUNS["sssd"], RUNS["plain"]
     command = [
         sys.executable, REPOSITORY / "tools" / "visualize.py", "report", "--config-file", config,
         "--weights", output / "model_final.pth", "--baseline-config", plain_config,
         "--baseline-weights", plain_output / "model_final.pth", "--runs", plain_output, output,
-        "--title", "The demo", "--output", OUTPUT / "report",
+        # Detectors this young have low scores
+        "--threshold", "0.3", "--title", "The demo", "--output", OUTPUT / "report",
     ]  # fmt: skip
     with open(OUTPUT / "report.log", "w") as log:
         code = subprocess.call(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
     if code:
         sys.exit(f"demo: the report failed; {OUTPUT / 'report.log'} says why")
+    shutil.copy(OUTPUT / "report/overview.png", OUTPUT / "detections.png")
+    plot_runs(
+        OUTPUT / "curves.png",
+        {"": read_metrics(OUTPUT / "metrics.json")},
+        panels=("losses", "share", "coefficient"),
+    )
 
 
 def final_results(output: Path) -> dict[str, float]:
@@ -186,7 +148,6 @@ def main() -> None:
 
     heartbeat.say("drawing")
     draw_pictures()
-    write_report()
     student = OUTPUT / "student" / "model.pth"
     export_student(
         str(OUTPUT / "model_final.pth"), str(OUTPUT / "config.yaml"), str(student.parent)

@@ -7,9 +7,10 @@
         --baseline-weights output/bccd/R_18_plain/model_final.pth --output output/report
     tools/visualize.py curves output/bccd/R_18_plain output/bccd/R_18_sssd --output output/report
 
-`report` writes index.html, one file that opens without a server, and its pictures as PNGs. The
-weights have to be those of the training, with its teacher. `curves` takes folders of runs, or
-*_metrics.json.gz as tools/compare.py keeps them, and writes curves.png.
+`report` writes index.html, one file that opens without a server, its pictures as PNGs, and
+overview.png, a row for each image. The weights have to be those of the training, with its teacher.
+`curves` takes folders of runs, or *_metrics.json.gz as tools/compare.py keeps them, and writes
+curves.png.
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
@@ -32,6 +33,7 @@ from sssd.visualization.report import (
     PictureReport,
     draw_boxes,
     draw_levels,
+    draw_overview,
     write_report,
 )
 
@@ -103,6 +105,7 @@ def report(args: argparse.Namespace) -> None:
         name = Path(record["file_name"]).stem
         reports.append(PictureReport(name, pictures, draw_levels(view, highest)))
     args.output.mkdir(parents=True, exist_ok=True)
+    draw_overview(args.output / "overview.png", reports)
     drawn = plot_panels(args.output, runs_of(args.runs)) if args.runs else None
     summary = [
         f"Detections with a score of {args.threshold:g} or more on {len(records)} pictures of "

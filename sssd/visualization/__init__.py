@@ -4,12 +4,10 @@ from .. import _detectron2  # noqa: F401
 
 # isort: split
 from .curves import plot_panels, plot_runs, read_metrics
-from .detections import draw_detections
 from .pyramids import PyramidView, view_pyramids
 
 __all__ = [
     "PyramidView",
-    "draw_detections",
     "plot_panels",
     "plot_runs",
     "read_metrics",

@@ -14,7 +14,17 @@ from PIL import Image
 
 from .pyramids import PyramidView
 
-__all__ = ["Picture", "PictureReport", "draw_boxes", "draw_levels", "write_report"]
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+__all__ = [
+    "Picture",
+    "PictureReport",
+    "draw_boxes",
+    "draw_levels",
+    "draw_overview",
+    "write_report",
+]
 
 _WIDTH = 480  # pixels of a picture in the report
 
@@ -87,6 +97,32 @@ def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
             Picture(f"{name}, distance", _colored(level.distance / highest, "magma")),
         ]
     return levels
+
+
+def draw_overview(path: Path, reports: Sequence[PictureReport]) -> None:
+    """A row for each image: its detections, and the maps and the distance of the finest level.
+
+    Args:
+        path: PNG file to write.
+        reports: of the images; one or more, with the same titles.
+    """
+    rows = [[*r.detections, *next(iter(r.levels.values()), ())] for r in reports]
+    height, width = rows[0][0].pixels.shape[:2]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(rows[0]),
+        figsize=(2.4 * len(rows[0]), 2.4 * height / width * len(rows) + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, picture in zip(axes[0], rows[0], strict=True):
+        axis.set_title(picture.title, fontsize=10)
+    for line, pictures in zip(axes, rows, strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture.pixels, interpolation="none")
+            axis.set_axis_off()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def write_report(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from sssd.engine import Trainer
 from tests.coco_files import register_coco
@@ -55,6 +56,8 @@ def test_the_report_has_all_sides_of_each_picture(trained, call, tmp_path):
             assert f'alt="{image}: {title}"' in text, title
     assert text.count("<h2>") == 3 and "AP over the iterations" in text
     assert (output / "2_p3__distance.png").is_file()
+    with Image.open(output / "overview.png") as overview:  # two rows of seven
+        assert overview.width > 2 * overview.height
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sssd.visualization.report import (
     PictureReport,
     draw_boxes,
     draw_levels,
+    draw_overview,
     write_report,
 )
 
@@ -71,6 +72,23 @@ def test_the_page_holds_every_picture_and_asks_for_nothing(tmp_path):
     assert page.tags.count("details") == 1
     names = {p.name for p in (tmp_path / "out").glob("*.png")}
     assert names == {"cells__1__ground_truth.png", "cells__1__p3.png", "cells_2_ground_truth.png"}
+
+
+def test_the_overview_has_a_row_for_each_image_and_of_levels_the_finest(tmp_path):
+    red, green, blue, black = (
+        np.full((4, 6, 3), color, np.uint8)
+        for color in ([255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0])
+    )
+    first = [Picture("ground truth", red)], {"p2": [Picture("p2", green)], "p3": [Picture("", red)]}
+    second = [Picture("ground truth", black)], {"p2": [Picture("p2", blue)]}
+    reports = [PictureReport("1", *first), PictureReport("2", *second)]
+    draw_overview(tmp_path / "overview.png", reports)
+    drawn = np.asarray(Image.open(tmp_path / "overview.png").convert("RGB"))
+    height, width = drawn.shape[0], drawn.shape[1]
+    # A line through the middle of each row; the title takes some of the height.
+    rows = [[tuple(drawn[int(y * height), int(x * width)]) for x in (0.25, 0.75)]
+            for y in (0.35, 0.75)]  # fmt: skip
+    assert rows == [[(255, 0, 0), (0, 255, 0)], [(0, 0, 0), (0, 0, 255)]]
 
 
 def test_boxes_are_where_they_are_in_the_picture():
