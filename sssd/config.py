@@ -23,6 +23,9 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.NUM_CLASSES = 0
     # Names of the pyramid levels to distill, such as ["p3", "p4"]; empty for all.
     cfg.MODEL.SSSD.LEVELS = []
+    # Your own data in COCO format, for DATASETS.TRAIN and TEST: [name, annotation file, image
+    # folder] of each set. They are registered when the config is read; by tools/*.py, that is.
+    cfg.MODEL.SSSD.COCO_DATASETS = []
 
     # ---- The training-only branch that turns labels and maps into the second pyramid ----
     cfg.MODEL.SSSD.TEACHER = CN()

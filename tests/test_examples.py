@@ -1,9 +1,11 @@
-"""The examples of docs/your_project.md and docs/classification.md work as they stand there."""
+"""The examples of docs/your_project.md, own_data.md and classification.md work as they stand there."""
 
 import json
 import re
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def run(monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
 
     yield run
-    for name in ("project_train", "loop_train"):
+    for name in ("project_train", "loop_train", "cells_train", "cells_val"):
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
@@ -77,16 +79,32 @@ def test_the_pages_show_every_example():
 def test_yacs_project(project, run):
     output = project / "output"
     folder = [project / "project.yaml", project / "annotations.json", project / "images"]
-    phases = ["MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 1, "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 1]
-    run(EXAMPLES / "yacs_project.py", *folder, "OUTPUT_DIR", output, *phases)
+    run(EXAMPLES / "yacs_project.py", *folder, "OUTPUT_DIR", output)
     loads_into_stock_detectron2(output / "model_final.pth")
     line = json.loads((output / "metrics.json").read_text().splitlines()[-1])
     assert line["iteration"] == 2 and line["loss_distill"] > 0
-    # The lines that are marked are all that there is of sssd, but for naming the student.
+    # The lines that are marked are all that there is of sssd.
     source = (EXAMPLES / "yacs_project.py").read_text()
     marked = [x for x in source.splitlines() if "# <-" in x]
     others = [x for x in source.splitlines() if re.search("sssd|SSSD", x) and x not in marked]
-    assert len(marked) == 3 and len(others) == 1
+    assert len(marked) == 5 and not others
+
+
+def test_own_coco(tmp_path, run, monkeypatch):
+    annotations, images = write_coco(tmp_path / "cells")
+    for name in ("train", "val"):
+        shutil.copy(annotations, tmp_path / f"cells/{name}.json")
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "MODEL.DEVICE": "cpu", "MODEL.ROI_HEADS.NUM_CLASSES": 3, "SOLVER.MAX_ITER": 1,
+        "INPUT.MIN_SIZE_TRAIN": "(64,)", "INPUT.MIN_SIZE_TEST": 64, "DATALOADER.NUM_WORKERS": 0,
+    }  # fmt: skip
+    config = EXAMPLES / "own_coco.yaml"
+    opts = [str(x) for pair in options.items() for x in pair]
+    run(REPOSITORY / "tools/train_net.py", "--config-file", config, *opts)
+    line = json.loads(Path("output/cells_sssd/metrics.json").read_text().splitlines()[-1])
+    assert "bbox/AP-green" in line
+    assert config.read_text() in (REPOSITORY / "docs/own_data.md").read_text()
 
 
 def test_own_loop(project, run, capsys):

@@ -1,4 +1,4 @@
-"""A Detectron2 project with yacs configs. Self-distillation adds the three lines that are marked.
+"""A Detectron2 project with yacs configs. Self-distillation adds the lines that are marked.
 
 yacs_project.py CONFIG_FILE ANNOTATIONS IMAGES [KEY VALUE ...]
 """
@@ -20,8 +20,9 @@ def main(config_file, annotations, images, *opts):
     sssd.add_sssd_config(cfg)  # <- 2
     cfg.merge_from_file(config_file)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("project_train",), ()
-    cfg.MODEL.SSSD.STUDENT = cfg.MODEL.META_ARCHITECTURE
-    cfg.MODEL.META_ARCHITECTURE = "SelfDistiller"  # <- 3
+    cfg.MODEL.SSSD.STUDENT = cfg.MODEL.META_ARCHITECTURE  # <- 3
+    cfg.MODEL.META_ARCHITECTURE = "SelfDistiller"  # <- 4
+    cfg.MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER = True  # <- 5
     cfg.merge_from_list(list(opts))
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     trainer = DefaultTrainer(cfg)

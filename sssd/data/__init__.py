@@ -11,7 +11,12 @@ from .annotations import AnnotationError, AnnotationReport, check_annotation_fil
 from .classification import register_image_folder, register_npz
 from .classification_check import ClassificationReport, check_classification_dataset
 from .classification_sources import DatasetError
-from .datasets import dataset_files, is_coco_style, register_datasets
+from .datasets import (
+    dataset_files,
+    is_coco_style,
+    register_coco_datasets,
+    register_datasets,
+)
 from .demo import make_demo_dataset
 from .errors import DataError
 from .mapper import CheckedDatasetMapper, ImageError
@@ -32,6 +37,7 @@ __all__ = [
     "dataset_files",
     "is_coco_style",
     "make_demo_dataset",
+    "register_coco_datasets",
     "register_datasets",
     "register_image_folder",
     "register_npz",

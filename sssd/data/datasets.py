@@ -7,12 +7,13 @@ a dataset is used, so setting them after the import is not too late.
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from .demo import FOLDER, SPLITS, make_demo_dataset
@@ -132,6 +133,35 @@ def _load(name: str) -> list[dict[str, Any]]:
 def _is_ours(name: str) -> bool:
     """Whether a registered name was registered here, by this import of the module or another."""
     return getattr(getattr(DatasetCatalog[name], "func", None), "__module__", None) == __name__
+
+
+def register_coco_datasets(entries: Sequence[Sequence[str]]) -> None:
+    """Registers datasets in COCO format, as MODEL.SSSD.COCO_DATASETS has them.
+
+    What is registered already with the same files stays; files are looked for when they are used.
+
+    Args:
+        entries: name, annotation file and image folder of each.
+
+    Raises:
+        ValueError: an entry is not that, or its name means other data.
+    """
+    for entry in entries:
+        texts = isinstance(entry, list | tuple) and all(isinstance(text, str) for text in entry)
+        if not texts or len(entry) != 3 or not all(entry[:2]):
+            raise ValueError(
+                f"it has the entry {entry!r}, and each has to be a name, an annotation file and an "
+                "image folder"
+            )
+        name, *files = entry
+        if name not in DatasetCatalog:
+            register_coco_instances(name, {}, *files)
+            continue
+        metadata = None if _is_ours(name) else MetadataCatalog.get(name)
+        if metadata is None or files != [metadata.get("json_file"), metadata.get("image_root")]:
+            raise ValueError(
+                f"the name {name!r} is registered already and means other data: choose another"
+            )
 
 
 def register_datasets() -> None:

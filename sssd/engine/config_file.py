@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import add_sssd_config
+from ..data import register_coco_datasets
 
 __all__ = ["ConfigError", "default_config", "flat_keys", "load_config", "load_lazy_config"]
 
@@ -35,13 +36,15 @@ def default_config() -> CfgNode:
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Detectron2's defaults, sssd's keys, a config file (safe YAML) and overrides, in this order.
 
+    Also registers the datasets of MODEL.SSSD.COCO_DATASETS.
+
     Args:
         config_file: path; "" for none.
         opts: alternating keys and values, as on Detectron2's command lines.
 
     Raises:
-        ConfigError: the file is no YAML of plain values, or a key or the type of a value is none
-            of Detectron2's and sssd's.
+        ConfigError: the file is no YAML of plain values, a key or the type of a value is none of
+            Detectron2's and sssd's, or a dataset cannot be registered.
         OSError: the file cannot be read.
     """
     cfg = default_config()
@@ -51,6 +54,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_file(config_file, allow_unsafe=False)
     with _errors_of("The command line", cfg):
         cfg.merge_from_list(list(opts))
+    with _errors_of("MODEL.SSSD.COCO_DATASETS"):
+        register_coco_datasets(cfg.MODEL.SSSD.COCO_DATASETS)
     if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
         log_first_n(
             logging.WARNING, "No GPU is available: MODEL.DEVICE is set to cpu.", name="sssd"

@@ -1,5 +1,6 @@
 """From the config to the parts of the SelfDistiller."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from ..losses import PyramidDistillation, ShareController, coefficient_schedule
 from ..losses.coefficient import SCHEDULES
 from .passes import forked_random_state, in_evaluation_mode
-from .phases import Phases
+from .phases import PUBLISHED_MAX_ITER, Phases
 from .teachers import build_teacher
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "pyramid_of",
     "student_num_classes",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def build_student(cfg: CfgNode) -> nn.Module:
@@ -209,10 +212,27 @@ def build_phases(cfg: CfgNode) -> Phases:
     """The phases of MODEL.SSSD.PHASES for a run of SOLVER.MAX_ITER iterations."""
     keys = cfg.MODEL.SSSD.PHASES
     make = Phases.scaled if keys.SCALE_TO_MAX_ITER else Phases
-    return make(
+    phases = make(
         max_iter=cfg.SOLVER.MAX_ITER,
         no_distill_iters=keys.NO_DISTILL_ITERS,
         freeze_backbone_iters=keys.FREEZE_BACKBONE_ITERS,
         distill_off_iters=keys.DISTILL_OFF_ITERS,
         teacher_period=keys.TEACHER_PERIOD,
     )
+    missing = [
+        what
+        for what, never in (
+            ("the distance never trains the student", not phases.ever_distills),
+            ("the backbone stays frozen", phases.freezes_backbone(phases.max_iter - 1)),
+        )
+        if never
+    ]
+    if missing:
+        logger.warning(
+            "In the %d iterations of this training %s: MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER True "
+            "shortens its phases, which are those of a run of %d, in proportion.",
+            phases.max_iter,
+            " and ".join(missing),
+            PUBLISHED_MAX_ITER,
+        )
+    return phases

@@ -3,10 +3,12 @@
 import pytest
 import yaml
 from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
 
 from sssd.engine import ConfigError, load_config, load_lazy_config
 from sssd.engine.config_check import check_values
+from tests.coco_files import write_coco
 from tests.conftest import REPOSITORY
 from tests.detectors import tiny_config
 
@@ -53,6 +55,40 @@ def test_what_is_no_config_is_one_sentence(tmp_path, text):
     path.write_text(text)
     message = complaint(load_config, str(path))
     assert message.startswith(f"The config {path} ") and BAD[text] in message
+
+
+def test_a_config_registers_its_datasets(tmp_path):
+    annotations, images = write_coco(tmp_path)
+    path = tmp_path / "config.yaml"
+    entries = [["config_cells", str(annotations), str(images)]]
+    path.write_text(yaml.safe_dump({"MODEL": {"SSSD": {"COCO_DATASETS": entries}}}))
+    try:
+        for _ in range(2):  # as each tool does, and each process of a training
+            load_config(str(path))
+        assert len(DatasetCatalog.get("config_cells")) == 6
+        assert MetadataCatalog.get("config_cells").thing_classes == ["red", "green", "blue"]
+        other = ["MODEL.SSSD.COCO_DATASETS", "[['config_cells', 'other.json', 'x']]"]
+        message = complaint(load_config, str(path), other)
+        assert "the name 'config_cells' is registered already and means other data" in message
+    finally:
+        DatasetCatalog.remove("config_cells")
+        MetadataCatalog.remove("config_cells")
+
+
+@pytest.mark.parametrize(
+    "entries", ["['a', 'b', 'c']", "[['a', 'b']]", "[['a', 'b', 3]]", "[['', 'b', 'c']]", "[3]"]
+)
+def test_a_dataset_is_a_name_a_file_and_a_folder(entries):
+    message = complaint(load_config, "", ["MODEL.SSSD.COCO_DATASETS", entries])
+    assert message.startswith("MODEL.SSSD.COCO_DATASETS does not fit: it has the entry ")
+
+
+def test_names_of_built_in_datasets_keep_their_meaning():
+    for name in ("bccd_train", "coco_2017_train"):
+        message = complaint(
+            load_config, "", ["MODEL.SSSD.COCO_DATASETS", f"[['{name}', 'a', 'b']]"]
+        )
+        assert f"the name '{name}' is registered already" in message
 
 
 ATTACKS = (

@@ -7,6 +7,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sssd.meta_arch.build import build_phases
 from sssd.meta_arch.ground_truth import CROWD_FIELDS, ground_truth_objects
 from tests.detectors import build, losses_at, tiny_config, train, training_batch, training_input
 
@@ -452,6 +453,27 @@ def test_phases_scale_to_the_length_of_the_run():
     )  # fmt: skip
     phases = build(cfg).phases
     assert (phases.no_distill_iters, phases.freeze_backbone_iters) == (3000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("phases", "missing"),
+    [
+        ((30000, 20000, 0), "the distance never trains the student and the backbone stays frozen"),
+        ((60, 0, 40), "the distance never trains the student"),
+        ((0, 100, 0), "the backbone stays frozen"),
+        ((60, 99, 39), None),
+    ],
+)
+def test_a_schedule_too_short_for_its_phases_is_told(phases, missing, caplog):
+    names = ("NO_DISTILL_ITERS", "FREEZE_BACKBONE_ITERS", "DISTILL_OFF_ITERS")
+    keys = [x for n, v in zip(names, phases, strict=True) for x in (f"MODEL.SSSD.PHASES.{n}", v)]
+    build_phases(tiny_config("SOLVER.MAX_ITER", 100, *keys))
+    said = [r.getMessage() for r in caplog.records if "SCALE_TO_MAX_ITER" in r.getMessage()]
+    if missing is None:
+        assert not said
+    else:
+        assert len(said) == 1
+        assert said[0].startswith(f"In the 100 iterations of this training {missing}: ")
 
 
 def test_share_controller_holds_the_share_of_the_total_loss():
