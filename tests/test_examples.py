@@ -1,4 +1,4 @@
-"""The examples of docs/your_project.md, own_data.md and classification.md work as they stand there."""
+"""The examples of the guides work as they stand there."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_yacs_project(project, run):
 
 
 def test_own_coco(tmp_path, run, monkeypatch):
-    annotations, images = write_coco(tmp_path / "cells")
+    annotations, _ = write_coco(tmp_path / "cells")
     for name in ("train", "val"):
         shutil.copy(annotations, tmp_path / f"cells/{name}.json")
     monkeypatch.chdir(tmp_path)
