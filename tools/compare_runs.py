@@ -5,11 +5,13 @@
 
 Folders are named VARIANT_seedN; a row of the table is a variant. With --reference, a second table
 has the differences to that variant, paired by seed, with their 95 % intervals (Student's t).
-Runs with several test sets, or averaged weights, have several figures: --of names which.
+Runs with several test sets, or averaged weights, have several figures: --of names which. Of several
+names, the mean counts.
 """
 
 import argparse
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,6 +22,12 @@ from sssd.studies.tables import markdown_table, paired_difference, spread
 from sssd.visualization import read_metrics
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def mean_figures(folder: Path, of: Sequence[str]) -> dict[str, float]:
+    """The figures of a run, by column, as a mean over ``of``."""
+    figures = [final_figures(folder, name) for name in of]
+    return {column: statistics.mean(x[column] for x in figures) for column in COLUMNS}
 
 
 def final_figures(folder: Path, of: str) -> dict[str, float]:
@@ -47,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         named = re.fullmatch(r"(.+)_seed(\d+)", folder.name)
         if named is None:
             sys.exit(f"error: the folder {folder} is not named VARIANT_seedN.")
-        variants[named[1]][int(named[2])] = final_figures(folder, args.of)
+        variants[named[1]][int(named[2])] = mean_figures(folder, args.of)
     rows = [
         [
             variant,
@@ -80,8 +88,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="output folders VARIANT_seedN")
     parser.add_argument("--reference", help="variant that the others are compared with, by seed")
     parser.add_argument(
-        "--of", default="", metavar="FIGURES", help="such as bccd_test, or bccd_test/averaged"
-    )
+        "--of", nargs="+", default=[""], metavar="FIGURES",
+        help="such as bccd_test, or bccd_test/averaged; of several, their mean",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 

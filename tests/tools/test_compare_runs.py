@@ -50,6 +50,8 @@ def test_figures_of_several_datasets_are_chosen(tmp_path, capsys):
     (folder / "metrics.json").write_text(json.dumps(line) + "\n")
     call(folder, "--of", "val/averaged")
     assert "| ours | 1 | 41.00 |" in capsys.readouterr().out
+    call(folder, "--of", "val", "val/averaged")
+    assert "| ours | 1 | 40.50 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has figures of 'val', 'val/averaged': choose with --of"):
         call(folder)
 
