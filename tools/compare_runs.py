@@ -24,29 +24,28 @@ from sssd.visualization import read_metrics
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def mean_figures(folder: Path, of: Sequence[str]) -> dict[str, float]:
-    """The figures of a run, by column, as a mean over ``of``."""
-    figures = [final_figures(folder, name) for name in of]
-    return {column: statistics.mean(x[column] for x in figures) for column in COLUMNS}
-
-
-def final_figures(folder: Path, of: str) -> dict[str, float]:
+def final_figures(folder: Path, of: Sequence[str]) -> dict[str, float]:
     """The figures of the last evaluation of a run, by column.
 
     Args:
         folder: of the run.
-        of: what stands before "bbox/AP" in its metrics.json, without the slash.
+        of: what stands before "bbox/AP" in its metrics.json, without the slash; of several, their
+            mean counts.
     """
     suffix = "bbox/AP"
     lines = [x for x in read_metrics(folder / "metrics.json") if any(k.endswith(suffix) for k in x)]
     if not lines:
         sys.exit(f"error: {folder}/metrics.json holds no evaluation; let the run finish.")
-    prefix = f"{of}/" if of else ""
-    if f"{prefix}{suffix}" not in lines[-1]:
-        found = [key.removesuffix(suffix).rstrip("/") for key in lines[-1] if key.endswith(suffix)]
+    last = lines[-1]
+    prefixes = [f"{name}/" if name else "" for name in of]
+    if not all(f"{prefix}{suffix}" in last for prefix in prefixes):
+        found = [key.removesuffix(suffix).rstrip("/") for key in last if key.endswith(suffix)]
         known = ", ".join(repr(x) for x in found)
         sys.exit(f"error: {folder}/metrics.json has figures of {known}: choose with --of.")
-    return {column: lines[-1][f"{prefix}bbox/{column}"] for column in COLUMNS}
+    return {
+        column: statistics.mean(last[f"{prefix}bbox/{column}"] for prefix in prefixes)
+        for column in COLUMNS
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         named = re.fullmatch(r"(.+)_seed(\d+)", folder.name)
         if named is None:
             sys.exit(f"error: the folder {folder} is not named VARIANT_seedN.")
-        variants[named[1]][int(named[2])] = mean_figures(folder, args.of)
+        variants[named[1]][int(named[2])] = final_figures(folder, args.of)
     rows = [
         [
             variant,

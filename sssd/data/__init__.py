@@ -11,12 +11,7 @@ from .annotations import AnnotationError, AnnotationReport, check_annotation_fil
 from .classification import register_image_folder, register_npz
 from .classification_check import ClassificationReport, check_classification_dataset
 from .classification_sources import DatasetError
-from .datasets import (
-    dataset_files,
-    is_coco_style,
-    register_coco_datasets,
-    register_datasets,
-)
+from .datasets import dataset_files, is_coco_style, register_coco_datasets, register_datasets
 from .demo import make_demo_dataset
 from .errors import DataError
 from .mapper import CheckedDatasetMapper, ImageError

@@ -219,14 +219,11 @@ def build_phases(cfg: CfgNode) -> Phases:
         distill_off_iters=keys.DISTILL_OFF_ITERS,
         teacher_period=keys.TEACHER_PERIOD,
     )
-    missing = [
-        what
-        for what, never in (
-            ("the distance never trains the student", not phases.ever_distills),
-            ("the backbone stays frozen", phases.freezes_backbone(phases.max_iter - 1)),
-        )
-        if never
-    ]
+    missing = []
+    if not phases.distills(phases.no_distill_iters):
+        missing.append("the distance never trains the student")
+    if phases.freezes_backbone(phases.max_iter - 1):
+        missing.append("the backbone stays frozen")
     if missing:
         logger.warning(
             "In the %d iterations of this training %s: MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER True "

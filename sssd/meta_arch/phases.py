@@ -71,11 +71,6 @@ class Phases:
         """Whether the distillation term sends a gradient to the student."""
         return self.no_distill_iters <= iteration < self.max_iter - self.distill_off_iters
 
-    @property
-    def ever_distills(self) -> bool:
-        """Whether the distillation term sends a gradient to the student in any iteration."""
-        return self.no_distill_iters < self.max_iter - self.distill_off_iters
-
     def freezes_backbone(self, iteration: int) -> bool:
         """Whether the bottom-up backbone is frozen."""
         return iteration < self.freeze_backbone_iters
