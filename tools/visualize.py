@@ -29,7 +29,6 @@ from sssd.engine import Trainer, load_config, user_errors
 from sssd.evaluation import ground_truth_mapper
 from sssd.visualization import plot_panels, plot_runs, read_metrics, view_pyramids
 from sssd.visualization.report import (
-    Picture,
     PictureReport,
     draw_boxes,
     draw_levels,
@@ -98,10 +97,10 @@ def report(args: argparse.Namespace) -> None:
         if baseline is not None:
             with torch.no_grad():
                 found = {"baseline": baseline([mapped])[0]["instances"], **found}
-        pictures = [Picture("ground truth", draw_boxes(image, truth(view, image), classes))]
+        pictures = [draw_boxes("ground truth", image, truth(view, image), classes)]
         for title, instances in found.items():
             kept = instances[instances.scores >= args.threshold].to("cpu")
-            pictures.append(Picture(title, draw_boxes(image, kept, classes)))
+            pictures.append(draw_boxes(title, image, kept, classes))
         name = Path(record["file_name"]).stem
         reports.append(PictureReport(name, pictures, draw_levels(view, highest)))
     args.output.mkdir(parents=True, exist_ok=True)

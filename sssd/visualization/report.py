@@ -1,6 +1,7 @@
 """A report in HTML: one file, without scripts and without a server, and its pictures beside it."""
 
 import base64
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from .pyramids import PyramidView
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch, Rectangle
 
 __all__ = [
+    "ColoredBoxes",
     "Picture",
     "PictureReport",
     "draw_boxes",
@@ -30,15 +33,34 @@ _WIDTH = 480  # pixels of a picture in the report
 
 
 @dataclass(frozen=True)
+class ColoredBoxes:
+    """What is drawn on an image, for a picture too small for words.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB, without anything on it.
+        corners: (N, 4), x0, y0, x1, y1 in its pixels.
+        classes: their names.
+        colors: of matplotlib, one for each class.
+    """
+
+    image: np.ndarray
+    corners: np.ndarray
+    classes: Sequence[str]
+    colors: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Picture:
     """
     Attributes:
         title: below it.
         pixels: (H, W, 3) uint8, RGB.
+        boxes: that are drawn on it; None for a map.
     """
 
     title: str
     pixels: np.ndarray
+    boxes: ColoredBoxes | None = None
 
 
 @dataclass(frozen=True)
@@ -56,28 +78,30 @@ class PictureReport:
     levels: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
 
 
-def draw_boxes(image: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
+def draw_boxes(
+    title: str, image: np.ndarray, instances: Instances, class_names: Sequence[str]
+) -> Picture:
     """Boxes with their classes, and scores where there are any, on a picture.
 
     Args:
+        title: of the picture.
         image: (H, W, 3) uint8, RGB.
         instances: with ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``, ``pred_classes`` and
             ``scores``, in pixels of the image.
         class_names: names by class index.
     """
     scored = instances.has("scores")
-    boxes = instances.pred_boxes if scored else instances.gt_boxes
+    boxes = (instances.pred_boxes if scored else instances.gt_boxes).tensor.cpu()
     classes = (instances.pred_classes if scored else instances.gt_classes).tolist()
-    labels = [class_names[c] for c in classes]
+    names = [class_names[c] for c in classes]
+    labels = names
     if scored:
-        labels = [f"{n} {s:.2f}" for n, s in zip(labels, instances.scores.tolist(), strict=True)]
+        labels = [f"{n} {s:.2f}" for n, s in zip(names, instances.scores.tolist(), strict=True)]
     scale = max(1.0, _WIDTH / image.shape[1])  # legible on small pictures
     visualizer = Visualizer(image, scale=scale, instance_mode=ColorMode.IMAGE)
     colors = [f"C{c}" for c in classes]
-    drawn = visualizer.overlay_instances(
-        boxes=boxes.tensor.cpu(), labels=labels, assigned_colors=colors
-    )
-    return drawn.get_image()
+    drawn = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
+    return Picture(title, drawn.get_image(), ColoredBoxes(image, boxes.numpy(), names, colors))
 
 
 def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
@@ -102,27 +126,45 @@ def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
 def draw_overview(path: Path, reports: Sequence[PictureReport]) -> None:
     """A row for each image: its detections, and the maps and the distance of the finest level.
 
+    Its pictures are small: classes are told apart by colour, and named below.
+
     Args:
         path: PNG file to write.
         reports: of the images; one or more, with the same titles.
     """
     rows = [[*r.detections, *next(iter(r.levels.values()), ())] for r in reports]
+    boxes = [picture.boxes for row in rows for picture in row if picture.boxes is not None]
+    named = {name: c for b in boxes for name, c in zip(b.classes, b.colors, strict=True)}
     height, width = rows[0][0].pixels.shape[:2]
     figure, axes = plt.subplots(
         len(rows),
         len(rows[0]),
-        figsize=(2.4 * len(rows[0]), 2.4 * height / width * len(rows) + 0.4),
+        figsize=(2.4 * len(rows[0]), 2.4 * height / width * len(rows) + (1.0 if named else 0.6)),
         squeeze=False,
         layout="constrained",
     )
     for axis, picture in zip(axes[0], rows[0], strict=True):
-        axis.set_title(picture.title, fontsize=10)
+        axis.set_title("\n".join(textwrap.wrap(picture.title, 20)), fontsize=13)
     for line, pictures in zip(axes, rows, strict=True):
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture.pixels, interpolation="none")
+            _show(axis, picture)
             axis.set_axis_off()
+    if named:
+        handles = [Patch(fill=False, edgecolor=c, linewidth=2, label=n) for n, c in named.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=13)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _show(axis: plt.Axes, picture: Picture) -> None:
+    if picture.boxes is None:
+        axis.imshow(picture.pixels, interpolation="none")
+        return
+    axis.imshow(picture.boxes.image)
+    for (x0, y0, x1, y1), color in zip(picture.boxes.corners, picture.boxes.colors, strict=True):
+        axis.add_patch(
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.8)
+        )
 
 
 def write_report(

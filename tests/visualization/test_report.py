@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from sssd.visualization.pyramids import LevelView, PyramidView
@@ -96,7 +97,7 @@ def test_boxes_are_where_they_are_in_the_picture():
     instances = Instances((300, 480))
     instances.gt_boxes = Boxes(torch.tensor([[100.0, 50.0, 300.0, 250.0]]))
     instances.gt_classes = torch.tensor([1])
-    drawn = draw_boxes(image, instances, ["a", "b"]).astype(int)
+    drawn = draw_boxes("", image, instances, ["a", "b"]).pixels.astype(int)
     assert drawn.shape == image.shape
     changed = (abs(drawn - 200) > 20).any(2)
     assert changed[150, 98:103].any() and changed[150, 298:303].any()
@@ -108,8 +109,26 @@ def test_small_pictures_are_enlarged_so_that_labels_can_be_read():
     instances = Instances((48, 64))
     instances.pred_boxes = Boxes(torch.tensor([[10.0, 10.0, 30.0, 30.0]]))
     instances.pred_classes, instances.scores = torch.tensor([0]), torch.tensor([0.9])
-    assert draw_boxes(np.zeros((48, 64, 3), np.uint8), instances, ["a"]).shape == (360, 480, 3)
-    assert draw_boxes(np.zeros((48, 64, 3), np.uint8), instances[:0], ["a"]).max() == 0
+    black = np.zeros((48, 64, 3), np.uint8)
+    assert draw_boxes("", black, instances, ["a"]).pixels.shape == (360, 480, 3)
+    assert draw_boxes("", black, instances[:0], ["a"]).pixels.max() == 0
+
+
+def test_the_overview_has_boxes_in_the_colours_that_it_names(tmp_path):
+    image = np.full((48, 64, 3), 255, np.uint8)
+    corners = torch.tensor([[10.0, 10.0, 30.0, 30.0], [35.0, 10.0, 55.0, 30.0]])
+    instances = Instances((48, 64), gt_boxes=Boxes(corners), gt_classes=torch.tensor([1, 3]))
+    picture = draw_boxes("ground truth", image, instances, ["a", "b", "c", "d"])
+    assert picture.boxes.classes == ["b", "d"] and (picture.boxes.corners == corners.numpy()).all()
+    draw_overview(tmp_path / "overview.png", [PictureReport("1", [picture])])
+    drawn = np.asarray(Image.open(tmp_path / "overview.png").convert("RGB")).astype(int)
+    for color in picture.boxes.colors:
+        hits = abs(drawn - [round(255 * x) for x in to_rgb(color)]).max(2) < 40
+        rows = np.flatnonzero(hits.any(1)) / len(drawn)
+        # In the picture, and in the legend below it.
+        assert rows.min() < 0.5 and rows.max() > 0.75
+    unused = abs(drawn - [round(255 * x) for x in to_rgb("C0")]).max(2) < 40
+    assert not unused.any()
 
 
 def test_maps_of_a_level_share_a_scale_and_distances_that_of_the_report():
