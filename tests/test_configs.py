@@ -88,9 +88,12 @@ def test_the_efficient_preset_is_sssd_with_cheaper_training_parts(path):
     width = refinement[-2].out_channels
     assert refinement[0].in_channels == width // 2
     assert model.training_parts["distillation"].adapter[2].in_channels == width // 2
-    assert (model.teacher_precision, model.activation_checkpoint) == ("bfloat16", True)
-    # Heads of convolutions on all levels are what a pass through them costs most with.
-    assert model.phases.teacher_period == (1 if hasattr(model.student, "roi_heads") else 2)
+    assert model.teacher_precision == "bfloat16"
+    # Heads of convolutions on all levels are what a pass through them costs most with; Faster
+    # R-CNN's is short of memory.
+    of_regions = hasattr(model.student, "roi_heads")
+    assert model.phases.teacher_period == (1 if of_regions else 2)
+    assert model.activation_checkpoint == of_regions
     # And nothing else.
     for x in (cfg, faithful):
         keys = x.MODEL.SSSD

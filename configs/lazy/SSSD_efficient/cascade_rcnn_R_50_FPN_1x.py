@@ -9,4 +9,5 @@ model = sssd_efficient(
     cascade_rcnn,
     train.max_iter,
     [60000, 80000],
+    activation_checkpoint=True,
 )

@@ -9,4 +9,5 @@ model = sssd_efficient(
     cascade_rcnn,
     train.max_iter,
     [120000, 160000],
+    activation_checkpoint=True,
 )

@@ -9,5 +9,6 @@ model = sssd_efficient(
     mask_rcnn,
     train.max_iter,
     [120000, 160000],
+    activation_checkpoint=True,
 )
 dataloader.train.mapper.use_instance_mask = True

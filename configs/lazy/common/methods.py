@@ -38,15 +38,19 @@ def sssd(student, max_iter, steps, add_context_box=False, detach_appearance=True
     return _method(student, max_iter, steps, distance, values, add_context_box, detach_appearance)
 
 
-def sssd_efficient(student, max_iter, steps, teacher_period=1, **switches):
+def sssd_efficient(
+    student, max_iter, steps, activation_checkpoint=False, teacher_period=1, **switches
+):
     """SSSD at a fraction of its price (ours, docs/performance.md).
 
-    What only training needs is computed in bfloat16, keeps no maps for its gradients and is 128
-    channels wide inside. The teacher learns in every so many iterations.
+    What only training needs is computed in bfloat16, and is 128 channels wide inside. Faster R-CNN
+    keeps none of its maps for its gradients; the teacher of the others learns in every second
+    iteration.
     """
     model = sssd(student, max_iter, steps, **switches)
     model.teacher.refinement_dim = model.distance.adapter_dim = 128
-    model.teacher_precision, model.activation_checkpoint = "bfloat16", True
+    model.teacher_precision = "bfloat16"
+    model.activation_checkpoint = activation_checkpoint
     model.phases.teacher_period = teacher_period
     return model
 
