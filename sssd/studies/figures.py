@@ -110,8 +110,12 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
         layout="constrained",
     )  # fmt: skip
     for (above, below), (detector, variants) in zip(axes.T, found.items(), strict=True):
-        for number, method in enumerate(dict.fromkeys(v.method for v in variants)):
-            _draw_method(above, below, plan, [v for v in variants if v.method == method], number)
+        swept = [v for v in variants if v.setting]
+        for number, method in enumerate(dict.fromkeys(v.method for v in swept)):
+            _draw_method(above, below, plan, [v for v in swept if v.method == method], number)
+        for variant in (v for v in variants if not v.setting):  # the baseline
+            mean = statistics.mean(variant.figures("validation", plan.metric).values())
+            above.axhline(mean, linestyle=":", color="black", label=variant.name)
         above.set_title(detector)
         above.set_ylabel(f"{plan.metric} on {plan.validation}")
         below.set_ylabel("share of the distillation, %")
@@ -121,7 +125,7 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
             axis.grid(alpha=0.3)
             if axis.has_data():  # no shares without distillation
                 axis.legend(fontsize=8)
-        if all(_number(v) > 0 for v in variants):
+        if all(_number(v) > 0 for v in swept):
             below.set_xscale("log")
     return _save(figure, path)
 

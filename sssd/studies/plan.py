@@ -52,7 +52,7 @@ class Study:
         title: above the table.
         trainings: of all seeds, in the order in which they are to be made.
         baseline: variant that the others are compared with; "" for none.
-        sweep: key that takes several values; "" for none.
+        sweep: key that takes several values, but not in a method that is the baseline; "" for none.
         test: whether the test split is reported as well.
         figure_from: fraction of the schedule at which the figure of AP begins.
     """
@@ -147,15 +147,16 @@ def _study(content: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> S
     sweep = entry.get("sweep") or {}
     if sweep and set(sweep) != {"key", "values"}:
         raise ValueError(f"the sweep of {where} needs the keys 'key' and 'values', and no others.")
-    values = sweep.get("values", [None])
+    swept = [(sweep["key"], value) for value in sweep["values"]] if sweep else [("", None)]
+    baseline = entry.get("baseline", "")
     trainings = [
-        _training(content, detector, method, seed, sweep.get("key", ""), value, where)
+        _training(content, detector, method, seed, key, value, where)
         for seed in entry.get("seeds", content["seeds"])
         for detector in entry.get("detectors", list(content["detectors"]))
         for method in entry["methods"]
-        for value in values
+        # A method that all values are compared with takes none of them.
+        for key, value in ([("", None)] if method == baseline else swept)
     ]
-    baseline = entry.get("baseline", "")
     if baseline and baseline not in {t.variant for t in trainings}:
         variants = ", ".join(dict.fromkeys(t.variant for t in trainings))
         raise ValueError(f"the baseline {baseline!r} of {where} is none of its own: {variants}.")

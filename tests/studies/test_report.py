@@ -72,6 +72,19 @@ def test_a_sweep_has_shares_and_pictures_of_its_own(tmp_path):
     assert not (tmp_path / "study_curves.png").exists()
 
 
+def test_a_method_that_a_sweep_is_compared_with_takes_none_of_its_values(tmp_path):
+    sweep = {"key": "MODEL.SSSD.COEFFICIENT.VALUES", "values": [[10], [50]]}
+    study = {"methods": ["plain", "lgd"], "sweep": sweep, "baseline": "plain"}
+    plan = plan_of(tmp_path, study)
+    names = [t.name for t in plan.trainings() if t.seed == 1]
+    assert names == ["fcos/plain/seed1", "fcos/lgd@10/seed1", "fcos/lgd@50/seed1"]
+    for training in plan.trainings():
+        write(tmp_path, training, float(training.setting or 5) + training.seed)
+    text = write_studies(plan, tmp_path)
+    assert "| lgd @ 10 | 3 | +5.00 ± 0.00 |" in text and "| lgd @ 50 | 3 | +45.00 ±" in text
+    assert "![study_sweep](study_sweep.png)" in text
+
+
 def test_curves_are_means_over_seeds_from_where_the_figure_begins(tmp_path, monkeypatch):
     from sssd.studies import figures, report
 
