@@ -6,6 +6,8 @@ import re
 import pytest
 import yaml
 
+from sssd.studies.plan import load_plan
+from sssd.studies.report import variants_of
 from sssd.studies.tables import paired_difference
 from tests.conftest import REPOSITORY
 
@@ -88,22 +90,21 @@ def test_the_presets_are_those_of_the_configs():
     [("[RetinaNet](results/bccd/efficient_retinanet.md)", "retinanet"), ("FCOS", "fcos")],
 )
 def test_the_accuracy_of_a_preset_is_that_of_its_runs(row, detector):
-    folder = REPOSITORY / "docs/results/bccd" / detector
-    runs = {
-        method: {int(path.stem.removeprefix("seed")): json.loads(path.read_text())
-                 for path in (folder / method).glob("seed*.json")}
-        for method in ("sssd", "sssd_efficient")
-    }  # fmt: skip
-    seeds = sorted(runs["sssd"].keys() & runs["sssd_efficient"].keys())
-    figures = {
-        method: [[of_seed[s][split]["averaged/bbox/AP"] for split in ("validation", "test")]
-                 for s in seeds]
-        for method, of_seed in runs.items()
-    }  # fmt: skip
-    columns = {m: [*zip(*f, strict=True), [sum(x) / 2 for x in f]] for m, f in figures.items()}
+    folder = REPOSITORY / "docs/results/bccd"
+    plan = load_plan(folder / "plan.yaml")
+    (study,) = plan.chosen([f"efficient_{detector}"])
+    faithful, efficient = variants_of(plan, study, folder)[detector]
+    assert (faithful.name, efficient.name) == ("sssd", "sssd_efficient")
+    seeds = sorted(faithful.records.keys() & efficient.records.keys())
+
+    def columns(variant):
+        splits = [variant.figures(split, plan.metric) for split in ("validation", "test")]
+        pairs = [[figures[seed] for figures in splits] for seed in seeds]
+        return [*zip(*pairs, strict=True), [sum(pair) / 2 for pair in pairs]]
+
     expected = [
         paired_difference(ours, theirs)
-        for ours, theirs in zip(columns["sssd_efficient"], columns["sssd"], strict=True)
+        for ours, theirs in zip(columns(efficient), columns(faithful), strict=True)
     ]
     assert table_row(row) == [str(len(seeds)), *expected]
 
