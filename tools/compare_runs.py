@@ -18,10 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sssd.engine import user_errors
-from sssd.studies.tables import markdown_table, paired_difference, spread
+from sssd.studies.tables import COCO_COLUMNS, markdown_table, paired_difference, spread
 from sssd.visualization import read_metrics
-
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def final_figures(folder: Path, of: Sequence[str]) -> dict[str, float]:
@@ -44,7 +42,7 @@ def final_figures(folder: Path, of: Sequence[str]) -> dict[str, float]:
         sys.exit(f"error: {folder}/metrics.json has figures of {known}: choose with --of.")
     return {
         column: statistics.mean(last[f"{prefix}bbox/{column}"] for prefix in prefixes)
-        for column in COLUMNS
+        for column in COCO_COLUMNS
     }
 
 
@@ -59,11 +57,11 @@ def main(args: argparse.Namespace) -> None:
         [
             variant,
             len(runs),
-            *(spread([run[column] for run in runs.values()]) for column in COLUMNS),
+            *(spread([run[column] for run in runs.values()]) for column in COCO_COLUMNS),
         ]
         for variant, runs in variants.items()
     ]
-    print(markdown_table(["variant", "seeds", *COLUMNS], rows), end="")
+    print(markdown_table(["variant", "seeds", *COCO_COLUMNS], rows), end="")
     if args.reference is None:
         return
     if args.reference not in variants:
@@ -75,10 +73,10 @@ def main(args: argparse.Namespace) -> None:
         seeds = sorted(set(runs) & set(reference))
         cells = [
             paired_difference(*([x[seed][column] for seed in seeds] for x in (runs, reference)))
-            for column in COLUMNS
+            for column in COCO_COLUMNS
         ]
         rows.append([variant, len(seeds), *(cell or "-" for cell in cells)])
-    header = [f"difference to {args.reference}", "seeds of both", *COLUMNS]
+    header = [f"difference to {args.reference}", "seeds of both", *COCO_COLUMNS]
     print(f"\n{markdown_table(header, rows)}", end="")
 
 

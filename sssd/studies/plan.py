@@ -106,7 +106,7 @@ class Plan:
 _KEYS = {
     "": {"task", "validation", "test", "metric", "early", "seeds", "opts", "detectors", "methods",
          "studies"},
-    "method": {"recipe", "opts"},
+    "method": {"like", "recipe", "opts"},
     "study": {"title", "detectors", "methods", "seeds", "baseline", "sweep", "test", "figure_from"},
 }  # fmt: skip
 
@@ -184,12 +184,11 @@ def _training(
         if chosen not in content[kind]:
             known = ", ".join(content[kind])
             raise ValueError(f"{where} names {chosen!r}, which is none of the {kind}: {known}.")
-    description = content["methods"][method] or {}
-    _check_keys(description, "method", f"the method {method!r}")
+    recipe, method_options = _method(content, method, detector)
     datasets = tuple(content[k] for k in ("validation", "test") if content.get(k))
     options = [
         *content.get("opts", ()),
-        *_of_detector(description.get("opts", ()), detector),
+        *method_options,
         *([key, value] if key else ()),
         "DATASETS.TEST",
         datasets,
@@ -199,9 +198,24 @@ def _training(
         method=method,
         setting=_as_text(value) if key else "",
         seed=int(seed),
-        config=content["detectors"][detector].replace("{recipe}", description.get("recipe", "")),
+        config=content["detectors"][detector].replace("{recipe}", recipe),
         options=tuple(options),
     )
+
+
+def _method(content: Mapping[str, Any], name: str, detector: str) -> tuple[str, list[Any]]:
+    """Recipe and options of a method; one that is like another adds its own to the other's."""
+    description = content["methods"][name] or {}
+    _check_keys(description, "method", f"the method {name!r}")
+    recipe, options = "", []
+    if other := description.get("like"):
+        if other not in content["methods"] or "like" in (content["methods"][other] or ()):
+            raise ValueError(
+                f"the method {name!r} is like {other!r}, which is none, or itself like another."
+            )
+        recipe, options = _method(content, other, detector)
+    own = _of_detector(description.get("opts", ()), detector)
+    return description.get("recipe", recipe), options + own
 
 
 def _of_detector(options: Sequence[Any] | Mapping[str, Sequence[Any]], detector: str) -> list[Any]:

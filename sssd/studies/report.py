@@ -8,12 +8,10 @@ from typing import Any
 
 from .plan import Plan, Study, Training
 from .records import read_metrics_of
-from .tables import bootstrap_interval, markdown_table, paired_interval, spread
+from .tables import COCO_COLUMNS, bootstrap_interval, markdown_table, paired_interval, spread
 from .training import figures_of, read_record
 
 __all__ = ["Variant", "study_tables", "variants_of"]
-
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,9 @@ def _figures(plan: Plan, variants: Sequence[Variant], split: str) -> str:
     prefix = plan.metric.removesuffix("AP")
     rows = []
     for variant in variants:
-        cells = [spread(list(variant.figures(split, prefix + c).values())) for c in COLUMNS]
+        cells = [spread(list(variant.figures(split, prefix + c).values())) for c in COCO_COLUMNS]
         rows.append([variant.name, len(variant.records), *cells])
-    return markdown_table(["method", "seeds", *COLUMNS], rows)
+    return markdown_table(["method", "seeds", *COCO_COLUMNS], rows)
 
 
 def _differences(plan: Plan, study: Study, variants: Sequence[Variant], split: str) -> str:

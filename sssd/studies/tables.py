@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "COCO_COLUMNS",
     "Row",
     "bootstrap_interval",
     "comparison_rows",
@@ -15,6 +16,9 @@ __all__ = [
     "paired_interval",
     "spread",
 ]
+
+# The figures of Detectron2's COCO evaluator, as it calls them.
+COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 Record = Mapping[str, Any]
 

@@ -25,6 +25,9 @@ methods:
     opts: [MODEL.SSSD.COEFFICIENT.SCHEDULE, constant, MODEL.SSSD.COEFFICIENT.VALUES, [50]]
   slow:
     opts: {fcos: [SOLVER.BASE_LR, 0.005]}
+  fixed_longer:
+    like: fixed
+    opts: [SOLVER.MAX_ITER, 1200]
 studies:
   methods: {methods: [plain, sssd], baseline: plain, test: true, detectors: [faster_rcnn]}
   coefficient:
@@ -87,6 +90,17 @@ def test_options_are_everybodys_then_the_methods_then_the_settings(tmp_path):
     assert configs["faster_rcnn/sssd/seed1"] == "configs/BCCD/faster_rcnn_R_18_FPN_sssd.yaml"
 
 
+def test_a_method_that_is_like_another_has_its_recipe_and_options_first(tmp_path):
+    plan = load_plan(write(tmp_path, studies__all__methods=["fixed", "fixed_longer"]))
+    fixed, longer = (plan.studies[2].trainings[i] for i in (0, 1))
+    assert longer.config == fixed.config
+    without_datasets = fixed.options[:-2]
+    assert longer.options[: len(without_datasets)] == without_datasets
+    assert longer.options[len(without_datasets) :] == (
+        "SOLVER.MAX_ITER", 1200, *fixed.options[-2:]
+    )  # fmt: skip
+
+
 def test_a_training_of_two_studies_is_made_once(tmp_path):
     plan = load_plan(write(tmp_path))
     names = [t.name for t in plan.trainings()]
@@ -105,6 +119,8 @@ def test_a_training_of_two_studies_is_made_once(tmp_path):
         ({"validation": None}, "lacks the key 'validation'"),
         ({"seed": [1]}, "the plan has the key 'seed', which is none of detectors, early"),
         ({"methods__sssd__option": []}, "the method 'sssd' has the key 'option'"),
+        ({"methods__sssd__like": "lgd"}, "'sssd' is like 'lgd', which is none"),
+        ({"methods__sssd__like": "fixed_longer"}, "'fixed_longer', .* or itself like another"),
         (
             {"studies__all__methods": ["kl"]},
             "'all' names 'kl', which is none of the methods: plain",

@@ -162,7 +162,7 @@ def test_sigterm_stops_the_command_and_its_runs(plan, tmp_path):
 def test_labelenc_is_its_two_steps_and_the_second_counts(plan, tmp_path):
     content = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     published = yaml.safe_load((REPOSITORY / "docs/results/bccd/plan.yaml").read_text())
-    content["methods"] = {"labelenc": published["methods"]["labelenc"]}
+    content["methods"] = {name: published["methods"][name] for name in ("lgd", "labelenc")}
     options = content["methods"]["labelenc"]["opts"]
     options[options.index("MODEL.SSSD.LABELENC.WARMUP_ITERS") + 1] = 1
     content["studies"] = {"others": {"methods": ["labelenc"]}}
