@@ -45,6 +45,9 @@ def add_sssd_config(cfg: CN) -> None:
     # Activation checkpointing: the maps inside teacher and adapter are not kept, but computed a
     # second time for their gradients. The same function in less memory and more time.
     cfg.MODEL.SSSD.TEACHER.ACTIVATION_CHECKPOINT = False
+    # Fraction of the images of a batch (on each GPU) that have the teacher's pass through the heads,
+    # from which it learns; at least one has. The student learns from all of them.
+    cfg.MODEL.SSSD.TEACHER.IMAGE_FRACTION = 1.0
     # Width of the object embeddings; 0 for the pyramid's width.
     cfg.MODEL.SSSD.TEACHER.EMBED_DIM = 0
     # Width of the maps that the teacher refines, before the last convolution; 0 for the pyramid's
@@ -124,9 +127,6 @@ def add_sssd_config(cfg: CN) -> None:
     # Read the three numbers above as for a run of 180000 iterations and scale them to
     # SOLVER.MAX_ITER.
     cfg.MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER = False
-    # Every how many iterations the teacher has its pass through the heads, and learns. In the
-    # others the student learns from the teacher as it is. Not scaled.
-    cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD = 1
 
     # ---- Where the teacher's optimizer settings differ (LGD trains it with an optimizer of its
     # own, with the same values in its ResNet configs) ----

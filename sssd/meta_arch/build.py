@@ -217,7 +217,6 @@ def build_phases(cfg: CfgNode) -> Phases:
         no_distill_iters=keys.NO_DISTILL_ITERS,
         freeze_backbone_iters=keys.FREEZE_BACKBONE_ITERS,
         distill_off_iters=keys.DISTILL_OFF_ITERS,
-        teacher_period=keys.TEACHER_PERIOD,
     )
     missing = []
     if not phases.distills(phases.no_distill_iters):

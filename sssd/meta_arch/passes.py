@@ -49,8 +49,13 @@ def captured_pyramid(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def replayed_pyramid(student: nn.Module, pyramid: Mapping[str, Tensor]) -> Iterator[None]:
+def replayed_pyramid(
+    student: nn.Module, pyramid: Mapping[str, Tensor], fraction: float = 1.0
+) -> Iterator[None]:
     """The student's backbone answers with ``pyramid``; the rest of the student leaves no trace.
+
+    Args:
+        fraction: of the images of the student's pass, how many this pass has.
 
     Pictures are not drawn a second time. What modules count or average while they run (running
     statistics of normalisation layers, the loss normaliser of RetinaNet and FCOS) is as before.
@@ -64,6 +69,9 @@ def replayed_pyramid(student: nn.Module, pyramid: Mapping[str, Tensor]) -> Itera
         for module in heads:
             if getattr(module, "vis_period", 0):
                 module.vis_period = 0
+            # RetinaNet and FCOS: a running mean of the number of objects' anchors in a batch.
+            if hasattr(module, "loss_normalizer"):
+                module.loss_normalizer = module.loss_normalizer * fraction
         yield
 
 
@@ -116,27 +124,35 @@ class AnchorMatching:
         result = method(*args, **kwargs)
         sizes = _sizes(args, kwargs)
         if sizes is not None:
-            self._recorded.setdefault(index, []).append((sizes, result))
+            self._recorded.setdefault(index, []).append((*sizes, result))
         return result
 
     def _answer(self, index: int, method: Callable, args: tuple, kwargs: dict) -> Any:
         sizes, recorded = _sizes(args, kwargs), self._recorded.get(index)
-        if recorded and recorded[0][0] == sizes:
-            return recorded.pop(0)[1]
+        if sizes is not None and recorded:
+            anchors, objects, result = recorded[0]
+            count = len(sizes[1])
+            if (anchors, objects[:count]) == sizes:
+                recorded.pop(0)
+                return result if len(objects) == count else tuple(x[:count] for x in result)
         return method(*args, **kwargs)
 
 
-def _sizes(args: tuple, kwargs: dict) -> list[int] | None:
-    """How many anchors and objects there are; None when it is not just these."""
-    sizes = []
+def _sizes(args: tuple, kwargs: dict) -> tuple[list[int], list[int]] | None:
+    """How many anchors there are on each level, and objects in each image; None when it is not
+    just these."""
+    anchors, objects = [], []
     for argument in (*args, *kwargs.values()):
         if not isinstance(argument, Sequence):
             return None
         for item in argument:
-            if not isinstance(item, (Boxes, RotatedBoxes, Instances)):
+            if isinstance(item, (Boxes, RotatedBoxes)):
+                anchors.append(len(item))
+            elif isinstance(item, Instances):
+                objects.append(len(item))
+            else:
                 return None
-            sizes.append(len(item))
-    return sizes
+    return anchors, objects
 
 
 @contextmanager

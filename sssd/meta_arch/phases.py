@@ -23,14 +23,8 @@ class Phases:
     """First iterations in which the bottom-up backbone is frozen."""
     distill_off_iters: int = 0
     """Last iterations without a gradient of the distillation term to the student."""
-    teacher_period: int = 1
-    """Every how many iterations the teacher has its pass through the heads, and learns."""
 
     def __post_init__(self) -> None:
-        if self.teacher_period < 1:
-            raise ValueError(
-                f"MODEL.SSSD.PHASES.TEACHER_PERIOD must be >= 1, got {self.teacher_period}."
-            )
         for name in ("no_distill_iters", "freeze_backbone_iters", "distill_off_iters"):
             if getattr(self, name) < 0:
                 raise ValueError(
@@ -45,12 +39,8 @@ class Phases:
         no_distill_iters: int,
         freeze_backbone_iters: int,
         distill_off_iters: int,
-        teacher_period: int = 1,
     ) -> "Phases":
-        """Phases given for a run of ``PUBLISHED_MAX_ITER``, scaled to one of ``max_iter``.
-
-        The period stays as it is.
-        """
+        """Phases given for a run of ``PUBLISHED_MAX_ITER``, scaled to one of ``max_iter``."""
 
         def scale(iterations: int) -> int:
             return round(iterations * max_iter / PUBLISHED_MAX_ITER)
@@ -60,12 +50,7 @@ class Phases:
             no_distill_iters=scale(no_distill_iters),
             freeze_backbone_iters=scale(freeze_backbone_iters),
             distill_off_iters=scale(distill_off_iters),
-            teacher_period=teacher_period,
         )
-
-    def teaches(self, iteration: int) -> bool:
-        """Whether the teacher has its pass through the heads, and learns."""
-        return iteration % self.teacher_period == 0
 
     def distills(self, iteration: int) -> bool:
         """Whether the distillation term sends a gradient to the student."""

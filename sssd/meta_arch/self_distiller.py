@@ -1,5 +1,6 @@
 """Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..losses import PyramidDistillation, ShareController
-from ..teacher import image_cells
+from ..teacher import ObjectBatch, image_cells
 from .build import (
     build_coefficient,
     build_phases,
@@ -70,6 +71,7 @@ class SelfDistiller(StudentWrapper):
         teacher_loss_weight: float = 1.0,
         teacher_precision: str = "float32",
         activation_checkpoint: bool = False,
+        teacher_image_fraction: float = 1.0,
     ) -> None:
         """
         Args:
@@ -77,15 +79,21 @@ class SelfDistiller(StudentWrapper):
             teacher: makes the second pyramid (see :mod:`sssd.meta_arch.teachers`).
             distillation: raw distance between the pyramids.
             coefficient: iteration -> weight of the distance, or a controller of its share.
-            phases: when the teacher learns and the student learns from it, when the student's
-                backbone is frozen.
+            phases: when the student learns from the teacher, when its backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
             teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
             activation_checkpoint: compute what teacher and adapter hold for their gradients
                 twice, instead of keeping it.
+            teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
+                which it learns: the first ones, at least one.
         """
         super().__init__()
         check_precision(teacher_precision)
+        if not 0 < teacher_image_fraction <= 1:
+            raise ValueError(
+                "MODEL.SSSD.TEACHER.IMAGE_FRACTION has to be above 0 and at most 1, got "
+                f"{teacher_image_fraction}."
+            )
         weights = distillation.options["level_weights"]
         if weights and len(weights) != len(teacher.strides):
             raise ValueError(
@@ -105,6 +113,7 @@ class SelfDistiller(StudentWrapper):
         self.teacher_loss_weight = teacher_loss_weight
         self.teacher_precision = teacher_precision
         self.activation_checkpoint = activation_checkpoint
+        self.teacher_image_fraction = teacher_image_fraction
         # Raw distance and coefficient of the last training call, for the log.
         self.last_distance: LoggedValue | None = None
         self.last_coefficient: LoggedValue | None = None
@@ -118,6 +127,7 @@ class SelfDistiller(StudentWrapper):
             "teacher_loss_weight": teacher.pop("loss_weight"),
             "teacher_precision": teacher.pop("precision"),
             "activation_checkpoint": teacher.pop("activation_checkpoint"),
+            "teacher_image_fraction": teacher.pop("image_fraction"),
         }
         del teacher["weights"]
         if teacher["name"] != "label_encoding":
@@ -145,7 +155,7 @@ class SelfDistiller(StudentWrapper):
         Returns:
             In evaluation, what the student returns. In training, a dict of scalar losses: the
             student's own under their own names, those of the teacher's pass with the prefix
-            ``teacher_`` (in the iterations that have it), and "loss_distill". Without gradients
+            ``teacher_`` (unless it is frozen), and "loss_distill". Without gradients
             (PreciseBN's passes, a validation loss) the student's own losses alone: there is
             nothing to teach.
         """
@@ -154,7 +164,7 @@ class SelfDistiller(StudentWrapper):
             return self.student(batched_inputs)
 
         iteration = get_event_storage().iter
-        teaches = self.teaches and self.phases.teaches(iteration)
+        teaches = self.teaches
         objects = ground_truth_objects(
             batched_inputs, self.teacher.num_classes, getattr(self.teacher, "mask_strides", None)
         )
@@ -175,12 +185,17 @@ class SelfDistiller(StudentWrapper):
             return {**losses, "loss_distill": untouched}
 
         features = {level: pyramid[level] for level in self.teacher.strides}
-        with frozen(self.teacher, not teaches):
-            taught = self._compute(self.teacher, features, objects)
+        learns_from = 0
+        if teaches:
+            learns_from = math.ceil(self.teacher_image_fraction * len(batched_inputs))
+        taught = self._taught(features, objects, learns_from)
         teacher_losses = {}
         if teaches:
+            replayed = _images({**_detached(pyramid), **taught}, slice(learns_from))
             with matching.answered():
-                teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
+                teacher_losses = self._replay(
+                    batched_inputs[:learns_from], replayed, learns_from / len(batched_inputs)
+                )
 
         if not self.phases.distills(iteration):
             features = _detached(features)
@@ -232,8 +247,6 @@ class SelfDistiller(StudentWrapper):
         frozen = []
         if self.phases.freezes_backbone(iteration):
             frozen += self.bottom_up.parameters()
-        if not self.phases.teaches(iteration):
-            frozen += self.teacher.parameters()
         if self.schedule is not None and self.schedule(iteration) == 0:
             # Without a gradient, weight decay alone would move it.
             frozen += self.training_parts["distillation"].parameters()
@@ -246,13 +259,34 @@ class SelfDistiller(StudentWrapper):
                 return checkpoint(part, *inputs, use_reentrant=False)
             return part(*inputs)
 
-    def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
+    def _taught(
+        self, features: Mapping[str, Tensor], objects: ObjectBatch, learns_from: int
+    ) -> dict[str, Tensor]:
+        """The teacher's pyramid, with a graph for the first images of the batch."""
+        count = len(objects.boxes)
+        parts = []
+        for part, is_frozen in ((slice(learns_from), False), (slice(learns_from, None), True)):
+            if len(range(count)[part]):
+                with frozen(self.teacher, is_frozen):
+                    maps, of_part = _images(features, part), objects.images(part)
+                    parts.append(self._compute(self.teacher, maps, of_part))
+        return {
+            level: x if len(parts) == 1 else torch.cat([x, parts[1][level]])
+            for level, x in parts[0].items()
+        }
+
+    def _replay(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        pyramid: Mapping[str, Tensor],
+        fraction: float,
+    ) -> dict:
         """Detection losses of the teacher's pyramid through the student's own heads."""
         storage = get_event_storage()
         try:
             with (
                 computing_in(self.teacher_precision, self.device),
-                replayed_pyramid(self.student, pyramid),
+                replayed_pyramid(self.student, pyramid, fraction),
                 pooled_over_cells(self.student),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.
@@ -277,6 +311,10 @@ class SelfDistiller(StudentWrapper):
 def _options(keys: CfgNode) -> dict[str, Any]:
     """Config keys as keyword arguments."""
     return {name.lower(): value for name, value in keys.items()}
+
+
+def _images(pyramid: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
+    return {level: x[part] for level, x in pyramid.items()}
 
 
 def _detached(pyramid: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ def distill(
     teacher_loss_weight: float = 1.0,
     teacher_precision: str = "float32",
     activation_checkpoint: bool = False,
+    teacher_image_fraction: float = 1.0,
 ) -> SelfDistiller:
     """Wraps a detector that is already built: for LazyConfig and for training loops of one's own.
 
@@ -34,8 +35,7 @@ def distill(
         student: any detector with a ``backbone`` that returns a dict of maps of equal width.
         coefficient: iteration -> weight of the distance (:func:`sssd.losses.coefficient_schedule`),
             or a controller of its share.
-        phases: when the teacher learns and the student learns from it, when the student's backbone
-            is frozen.
+        phases: when the student learns from the teacher, when its backbone is frozen.
         num_classes: classes of the ground truth; 0 for the student's own.
         levels: names of the pyramid levels to distill; empty for all.
         teacher: a teacher that is built already, or options: ``name`` of a registered one
@@ -46,6 +46,8 @@ def distill(
         teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
         activation_checkpoint: compute what teacher and adapter hold for their gradients twice,
             instead of keeping it.
+        teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
+            which it learns.
 
     Raises:
         ValueError: when the detector cannot be wrapped, with the reason, or an option is unknown.
@@ -65,4 +67,5 @@ def distill(
         teacher_loss_weight=teacher_loss_weight,
         teacher_precision=teacher_precision,
         activation_checkpoint=activation_checkpoint,
+        teacher_image_fraction=teacher_image_fraction,
     )

@@ -6,6 +6,6 @@ from ..common.schedules import optimizer
 from ..common.schedules import train_2x as train
 
 model = sssd_efficient(
-    fcos, train.max_iter, [120000, 160000], detach_appearance=False, teacher_period=2
+    fcos, train.max_iter, [120000, 160000], detach_appearance=False, image_fraction=0.5
 )
 optimizer.lr = 0.01
