@@ -46,7 +46,6 @@ from sssd.benchmark.jobs import (
     Setting,
     Variant,
     chosen_device,
-    cycle_of,
     plan_jobs,
 )
 from sssd.engine import user_errors
@@ -61,13 +60,6 @@ def main(args: argparse.Namespace) -> None:
     jobs = jobs_of(args, setting, device)
     for download in sorted({job.download for job in jobs} - {""}):
         print_progress(f"random weights instead of the download {download}")
-    cycle = cycle_of(jobs)
-    if args.steps % cycle:
-        raise BenchmarkError(
-            f"The iterations of these trainings differ, and repeat every {cycle}: give a multiple "
-            f"of that for --steps, not {args.steps}."
-        )
-    mean, warmup = args.mean or cycle > 1, max(WARMUP, cycle)
     if args.chart is not None and args.chart.suffix not in FORMATS:
         raise BenchmarkError(
             f"--chart {args.chart} is no picture: let its name end in {', '.join(FORMATS)}."
@@ -81,9 +73,9 @@ def main(args: argparse.Namespace) -> None:
             jobs,
             rounds=args.rounds,
             steps=args.steps,
-            warmup=warmup,
-            mean=mean,
-            breakdown=-(-args.breakdown // cycle) * cycle,
+            warmup=WARMUP,
+            mean=args.mean,
+            breakdown=args.breakdown,
             exports=exports,
             progress=print_progress,
         )
@@ -103,8 +95,8 @@ def main(args: argparse.Namespace) -> None:
         "threads": configs[0]["threads"],
         "rounds": args.rounds,
         "steps": args.steps,
-        "warmup": warmup,
-        "mean": mean,
+        "warmup": WARMUP,
+        "mean": args.mean,
         "memory_is": report_of.MEMORY[torch.device(device).type],
         "data": described_data(setting, args.objects),
         "configs": configs,
@@ -194,8 +186,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--mean",
         action="store_true",
-        help="compare the mean step of a turn, not the median; so it is where a teacher takes part "
-        "in some of the iterations only",
+        help="compare the mean step of a turn, not the median: where the steps of a turn differ",
     )
     add("--stage", default="", help="stage to time, in the configs that have it")
     add("--device", default="", help="cpu or cuda; default: cuda if there is one")

@@ -164,7 +164,7 @@ def summarise(
     Args:
         turns: of `take_turns`; those of the first worker are what the ratios refer to.
         mean: a step counts as the mean of its turn, for trainings in which not all steps do the
-            same; a turn should then be a whole cycle of them.
+            same.
 
     Returns:
         For each worker

@@ -1,6 +1,5 @@
 """What a comparison runs: configs and variants, with what the command line sets in all of them."""
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from ..engine.stages import plan_stages
 from .data import GeneratedData
 from .weights import without_download
 
-__all__ = ["BenchmarkError", "Job", "Setting", "Variant", "chosen_device", "cycle_of", "plan_jobs"]
+__all__ = ["BenchmarkError", "Job", "Setting", "Variant", "chosen_device", "plan_jobs"]
 
 LABELENC_STEPS = ("step1", "step2")
 CLASS_COUNTS = (
@@ -153,14 +152,6 @@ def plan_jobs(
         there_are = ", ".join(filter(None, known)) or "none"
         raise BenchmarkError(f"No config has the stage {stage!r}: the stages are {there_are}.")
     return jobs
-
-
-def cycle_of(jobs: Sequence[Job]) -> int:
-    """Iterations after which every training has done all that it does.
-
-    With MODEL.SSSD.PHASES.TEACHER_PERIOD, the teacher's pass is not in every iteration.
-    """
-    return math.lcm(*(job.cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD for job in jobs))
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from .teachers import build_teacher
 
 __all__ = [
     "build_coefficient",
+    "build_distiller_parts",
     "build_phases",
     "build_student",
     "build_training_parts",
@@ -28,6 +29,45 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def build_distiller_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What a SelfDistiller is made of.
+
+    Raises:
+        ValueError: for a value that is wrong, or a detector that cannot be wrapped.
+    """
+    keys = cfg.MODEL.SSSD
+    student = build_student(cfg)
+    teacher, distance = _options(keys.TEACHER), _options(keys.DISTANCE)
+    how = {
+        "teacher_loss_weight": teacher.pop("loss_weight"),
+        "teacher_precision": teacher.pop("precision"),
+        "teacher_image_fraction": teacher.pop("image_fraction"),
+        "activation_checkpoint": teacher.pop("activation_checkpoint"),
+    }
+    del teacher["weights"]
+    if teacher["name"] != "label_encoding":
+        own = _options(keys.get(teacher["name"].upper(), {}))
+        teacher = {"name": teacher["name"], "frozen": teacher["frozen"], **own}
+    return {
+        "student": student,
+        **how,
+        **build_training_parts(
+            student,
+            num_classes=keys.NUM_CLASSES,
+            levels=keys.LEVELS,
+            teacher=teacher,
+            distance={"distance": distance.pop("name"), **distance},
+        ),
+        "coefficient": build_coefficient(cfg),
+        "phases": build_phases(cfg),
+    }
+
+
+def _options(keys: CfgNode) -> dict[str, Any]:
+    """Config keys as keyword arguments."""
+    return {name.lower(): value for name, value in keys.items()}
 
 
 def build_student(cfg: CfgNode) -> nn.Module:

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from detectron2.structures import Boxes, Instances, RotatedBoxes
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances, RotatedBoxes
 from torch import Tensor, nn
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "forked_random_state",
     "frozen",
     "in_evaluation_mode",
+    "padded_to",
     "replaced_attribute",
     "replaced_forward",
     "replayed_pyramid",
@@ -69,10 +71,31 @@ def replayed_pyramid(
         for module in heads:
             if getattr(module, "vis_period", 0):
                 module.vis_period = 0
-            # RetinaNet and FCOS: a running mean of the number of objects' anchors in a batch.
-            if hasattr(module, "loss_normalizer"):
-                module.loss_normalizer = module.loss_normalizer * fraction
+            # RetinaNet and FCOS: a running mean of the number of positive anchors in a batch.
+            if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer"):
+                module.loss_normalizer *= fraction
         yield
+
+
+@contextmanager
+def padded_to(batched_inputs: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Images, and targets of their size, are padded as they would be beside these.
+
+    A part of a batch has to have the size of the batch's maps.
+    """
+    height, width = (max(x["image"].shape[axis] for x in batched_inputs) for axis in (-2, -1))
+    from_tensors = ImageList.from_tensors
+
+    def beside(tensors: list[Tensor], *args: Any, **kwargs: Any) -> ImageList:
+        largest = tensors[0].new_zeros(*tensors[0].shape[:-2], height, width)
+        padded = from_tensors([*tensors, largest], *args, **kwargs)
+        return ImageList(padded.tensor[:-1], padded.image_sizes[:-1])
+
+    ImageList.from_tensors = staticmethod(beside)
+    try:
+        yield
+    finally:
+        ImageList.from_tensors = staticmethod(from_tensors)
 
 
 class AnchorMatching:
@@ -81,8 +104,8 @@ class AnchorMatching:
     The two pyramids have the same shapes, so both passes have the same anchors, and matching
     them is a good part of the work of a dense detector. The first pass records what the student's
     matching methods return, the second gets it again (of the RPN with the sample it has drawn).
-    A method that is asked with anything but anchors and ground truth, as those that match by
-    what the detector predicts, always computes.
+    The second may have the first images of the batch alone. A method that is asked with anything
+    but anchors and ground truth, as those that match by what the detector predicts, computes.
     """
 
     # As Detectron2's detectors and those derived from them call it.
@@ -134,7 +157,10 @@ class AnchorMatching:
             count = len(sizes[1])
             if (anchors, objects[:count]) == sizes:
                 recorded.pop(0)
-                return result if len(objects) == count else tuple(x[:count] for x in result)
+                if len(objects) == count:
+                    return result
+                if isinstance(result, tuple) and all(len(x) == len(objects) for x in result):
+                    return tuple(x[:count] for x in result)
         return method(*args, **kwargs)
 
 

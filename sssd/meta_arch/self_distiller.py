@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..losses import PyramidDistillation, ShareController
 from ..teacher import ObjectBatch, image_cells
-from .build import (
-    build_coefficient,
-    build_phases,
-    build_student,
-    build_training_parts,
-    never_calls_backbone,
-)
+from .build import build_distiller_parts, never_calls_backbone
 from .evaluation_passes import evaluation_passes
 from .ground_truth import ground_truth_objects
 from .logged_value import LoggedValue
@@ -28,6 +23,7 @@ from .passes import (
     captured_pyramid,
     forked_random_state,
     frozen,
+    padded_to,
     replayed_pyramid,
 )
 from .phases import Phases
@@ -70,8 +66,8 @@ class SelfDistiller(StudentWrapper):
         phases: Phases,
         teacher_loss_weight: float = 1.0,
         teacher_precision: str = "float32",
-        activation_checkpoint: bool = False,
         teacher_image_fraction: float = 1.0,
+        activation_checkpoint: bool = False,
     ) -> None:
         """
         Args:
@@ -82,10 +78,10 @@ class SelfDistiller(StudentWrapper):
             phases: when the student learns from the teacher, when its backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
             teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
-            activation_checkpoint: compute what teacher and adapter hold for their gradients
-                twice, instead of keeping it.
             teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
                 which it learns: the first ones, at least one.
+            activation_checkpoint: compute what teacher and adapter hold for their gradients
+                twice, instead of keeping it.
         """
         super().__init__()
         check_precision(teacher_precision)
@@ -112,40 +108,15 @@ class SelfDistiller(StudentWrapper):
         self.phases = phases
         self.teacher_loss_weight = teacher_loss_weight
         self.teacher_precision = teacher_precision
-        self.activation_checkpoint = activation_checkpoint
         self.teacher_image_fraction = teacher_image_fraction
+        self.activation_checkpoint = activation_checkpoint
         # Raw distance and coefficient of the last training call, for the log.
         self.last_distance: LoggedValue | None = None
         self.last_coefficient: LoggedValue | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        keys = cfg.MODEL.SSSD
-        student = build_student(cfg)
-        teacher, distance = _options(keys.TEACHER), _options(keys.DISTANCE)
-        how = {
-            "teacher_loss_weight": teacher.pop("loss_weight"),
-            "teacher_precision": teacher.pop("precision"),
-            "activation_checkpoint": teacher.pop("activation_checkpoint"),
-            "teacher_image_fraction": teacher.pop("image_fraction"),
-        }
-        del teacher["weights"]
-        if teacher["name"] != "label_encoding":
-            own = _options(keys.get(teacher["name"].upper(), {}))
-            teacher = {"name": teacher["name"], "frozen": teacher["frozen"], **own}
-        return {
-            "student": student,
-            **how,
-            **build_training_parts(
-                student,
-                num_classes=keys.NUM_CLASSES,
-                levels=keys.LEVELS,
-                teacher=teacher,
-                distance={"distance": distance.pop("name"), **distance},
-            ),
-            "coefficient": build_coefficient(cfg),
-            "phases": build_phases(cfg),
-        }
+        return build_distiller_parts(cfg)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -185,17 +156,13 @@ class SelfDistiller(StudentWrapper):
             return {**losses, "loss_distill": untouched}
 
         features = {level: pyramid[level] for level in self.teacher.strides}
-        learns_from = 0
-        if teaches:
-            learns_from = math.ceil(self.teacher_image_fraction * len(batched_inputs))
+        learns_from = math.ceil(self.teacher_image_fraction * len(batched_inputs)) if teaches else 0
         taught = self._taught(features, objects, learns_from)
         teacher_losses = {}
         if teaches:
-            replayed = _images({**_detached(pyramid), **taught}, slice(learns_from))
+            replayed = {**_detached(pyramid), **taught}
             with matching.answered():
-                teacher_losses = self._replay(
-                    batched_inputs[:learns_from], replayed, learns_from / len(batched_inputs)
-                )
+                teacher_losses = self._replay(batched_inputs, replayed, learns_from)
 
         if not self.phases.distills(iteration):
             features = _detached(features)
@@ -262,37 +229,41 @@ class SelfDistiller(StudentWrapper):
     def _taught(
         self, features: Mapping[str, Tensor], objects: ObjectBatch, learns_from: int
     ) -> dict[str, Tensor]:
-        """The teacher's pyramid, with a graph for the first images of the batch."""
-        count = len(objects.boxes)
-        parts = []
-        for part, is_frozen in ((slice(learns_from), False), (slice(learns_from, None), True)):
-            if len(range(count)[part]):
-                with frozen(self.teacher, is_frozen):
-                    maps, of_part = _images(features, part), objects.images(part)
-                    parts.append(self._compute(self.teacher, maps, of_part))
-        return {
-            level: x if len(parts) == 1 else torch.cat([x, parts[1][level]])
-            for level, x in parts[0].items()
-        }
+        """The teacher's pyramid, with a graph for so many first images and none for the others."""
+
+        def maps_of(images: slice, is_frozen: bool) -> dict[str, Tensor]:
+            with frozen(self.teacher, is_frozen):
+                return self._compute(
+                    self.teacher, _images(features, images), objects.images(images)
+                )
+
+        if learns_from in (0, len(objects.boxes)):
+            return maps_of(slice(None), not learns_from)
+        first, others = maps_of(slice(learns_from), False), maps_of(slice(learns_from, None), True)
+        return {level: torch.cat([x, others[level]]) for level, x in first.items()}
 
     def _replay(
         self,
         batched_inputs: list[dict[str, Any]],
         pyramid: Mapping[str, Tensor],
-        fraction: float,
+        learns_from: int,
     ) -> dict:
-        """Detection losses of the teacher's pyramid through the student's own heads."""
+        """Detection losses of the teacher's pyramid, of so many first images, through the student's
+        own heads.
+        """
+        fraction = learns_from / len(batched_inputs)
         storage = get_event_storage()
         try:
             with (
                 computing_in(self.teacher_precision, self.device),
-                replayed_pyramid(self.student, pyramid, fraction),
+                padded_to(batched_inputs) if fraction < 1 else nullcontext(),
+                replayed_pyramid(self.student, _images(pyramid, slice(learns_from)), fraction),
                 pooled_over_cells(self.student),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.
                 EventStorage(storage.iter) as events,
             ):
-                losses = self.student(batched_inputs)
+                losses = self.student(batched_inputs[:learns_from])
         except Exception as error:
             bad = [level for level, x in pyramid.items() if not x.isfinite().all()]
             if not bad:
@@ -306,11 +277,6 @@ class SelfDistiller(StudentWrapper):
 
     def __prepare_scriptable__(self) -> None:
         _refuse_export(scripting=True)
-
-
-def _options(keys: CfgNode) -> dict[str, Any]:
-    """Config keys as keyword arguments."""
-    return {name.lower(): value for name, value in keys.items()}
 
 
 def _images(pyramid: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ def distill(
     distance: Mapping[str, Any] | None = None,
     teacher_loss_weight: float = 1.0,
     teacher_precision: str = "float32",
-    activation_checkpoint: bool = False,
     teacher_image_fraction: float = 1.0,
+    activation_checkpoint: bool = False,
 ) -> SelfDistiller:
     """Wraps a detector that is already built: for LazyConfig and for training loops of one's own.
 
@@ -44,10 +44,10 @@ def distill(
         distance: options of :class:`sssd.losses.PyramidDistillation`.
         teacher_loss_weight: factor on the detection losses of the teacher's pass.
         teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
+        teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
+            which it learns: the first ones, at least one.
         activation_checkpoint: compute what teacher and adapter hold for their gradients twice,
             instead of keeping it.
-        teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
-            which it learns.
 
     Raises:
         ValueError: when the detector cannot be wrapped, with the reason, or an option is unknown.
@@ -66,6 +66,6 @@ def distill(
         phases=phases,
         teacher_loss_weight=teacher_loss_weight,
         teacher_precision=teacher_precision,
-        activation_checkpoint=activation_checkpoint,
         teacher_image_fraction=teacher_image_fraction,
+        activation_checkpoint=activation_checkpoint,
     )

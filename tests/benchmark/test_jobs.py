@@ -7,7 +7,7 @@ import pytest
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
 from sssd.benchmark.data import GeneratedData
-from sssd.benchmark.jobs import BenchmarkError, Setting, Variant, cycle_of, plan_jobs
+from sssd.benchmark.jobs import BenchmarkError, Setting, Variant, plan_jobs
 from tests.conftest import REPOSITORY
 
 
@@ -67,14 +67,6 @@ def test_generated_batches_go_without_a_download():
     assert job.cfg.MODEL.WEIGHTS == "" and job.download.startswith("detectron2://ImageNet")
     (job,) = plan_jobs([PLAIN], ["MODEL.WEIGHTS", "own.pth"], setting=GENERATED)
     assert job.cfg.MODEL.WEIGHTS == "own.pth" and job.download == ""
-
-
-def test_a_cycle_has_every_iteration_that_differs():
-    jobs = plan_jobs([PLAIN, SSSD])
-    assert cycle_of(jobs) == 1
-    jobs[1].cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD = 6
-    jobs[0].cfg.MODEL.SSSD.PHASES.TEACHER_PERIOD = 4
-    assert cycle_of(jobs) == 12
 
 
 @pytest.mark.parametrize(
