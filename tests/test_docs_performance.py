@@ -56,7 +56,7 @@ def test_the_savings_of_each_key_are_those_of_the_results(column):
         "half as wide (`REFINEMENT_DIM`, `ADAPTER_DIM`)": "half as wide",
         "bfloat16": "bfloat16",
         "activation checkpointing": "activation checkpointing",
-        "teacher learns in every second iteration": "teacher learns every 2nd",
+        "half of the images (`IMAGE_FRACTION`)": "half of the images",
         "the preset": "SSSD_efficient",
     }
     for start, config in rows.items():

@@ -5,7 +5,5 @@ from ..common.schedules import lr_multiplier_1x as lr_multiplier
 from ..common.schedules import optimizer
 from ..common.schedules import train_1x as train
 
-model = sssd_efficient(
-    fcos, train.max_iter, [60000, 80000], detach_appearance=False, image_fraction=0.5
-)
+model = sssd_efficient(fcos, train.max_iter, [60000, 80000], detach_appearance=False)
 optimizer.lr = 0.01

@@ -11,6 +11,5 @@ model = sssd_efficient(
     [120000, 160000],
     add_context_box=True,
     detach_appearance=False,
-    image_fraction=0.5,
 )
 optimizer.lr = 0.01
