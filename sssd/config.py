@@ -45,9 +45,6 @@ def add_sssd_config(cfg: CN) -> None:
     # Activation checkpointing: the maps inside teacher and adapter are not kept, but computed a
     # second time for their gradients. The same function in less memory and more time.
     cfg.MODEL.SSSD.TEACHER.ACTIVATION_CHECKPOINT = False
-    # Fraction of a batch's images (on each GPU) that have the teacher's pass through the heads, by
-    # which the teacher learns; at least one has. The student learns from the teacher on all images.
-    cfg.MODEL.SSSD.TEACHER.IMAGE_FRACTION = 1.0
     # Width of the object embeddings; 0 for the pyramid's width.
     cfg.MODEL.SSSD.TEACHER.EMBED_DIM = 0
     # Width of the maps that the teacher refines, before the last convolution; 0 for the pyramid's

@@ -89,12 +89,13 @@ def test_the_efficient_preset_is_sssd_with_cheaper_training_parts(path):
     assert refinement[0].in_channels == width // 2
     assert model.training_parts["distillation"].adapter[2].in_channels == width // 2
     assert model.teacher_precision == "bfloat16"
-    assert model.teacher_image_fraction == 0.5
+    # Those of regions are short of memory.
+    assert model.activation_checkpoint == hasattr(model.student, "roi_heads")
     # And nothing else.
     for x in (cfg, faithful):
         keys = x.MODEL.SSSD
         keys.TEACHER.REFINEMENT_DIM = keys.DISTANCE.ADAPTER_DIM = 0
-        keys.TEACHER.PRECISION, keys.TEACHER.IMAGE_FRACTION = "float32", 1.0
+        keys.TEACHER.PRECISION, keys.TEACHER.ACTIVATION_CHECKPOINT = "float32", False
         x.OUTPUT_DIR = ""
     assert cfg.dump() == faithful.dump()
 

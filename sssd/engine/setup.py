@@ -122,12 +122,10 @@ def describe_distillation(model: SelfDistiller) -> str:
             f"{model.schedule(i):g} from iteration {i}" for i in _changes(model.schedule, phases)
         )
     frozen = phases.freeze_backbone_iters
-    fraction = model.teacher_image_fraction
-    part = f"the teacher learns from {fraction:.0%} of the images, " if fraction < 1 else ""
     return (
         f"Self-distillation of {type(model.student).__name__}: levels "
         f"{', '.join(model.teacher.strides)}, distance {options['distance']} "
-        f"({options['axis']}, {options['reduction']}), {part}gradient to the student in "
+        f"({options['axis']}, {options['reduction']}), gradient to the student in "
         f"iterations {min(first, last)} to {last} of {phases.max_iter}, coefficient {coefficient}, "
         + (f"backbone frozen until iteration {frozen}." if frozen else "backbone never frozen.")
     )

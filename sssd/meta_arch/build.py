@@ -43,7 +43,6 @@ def build_distiller_parts(cfg: CfgNode) -> dict[str, Any]:
     how = {
         "teacher_loss_weight": teacher.pop("loss_weight"),
         "teacher_precision": teacher.pop("precision"),
-        "teacher_image_fraction": teacher.pop("image_fraction"),
         "activation_checkpoint": teacher.pop("activation_checkpoint"),
     }
     del teacher["weights"]

@@ -9,8 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, ImageList, Instances, RotatedBoxes
+from detectron2.structures import Boxes, Instances, RotatedBoxes
 from torch import Tensor, nn
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "forked_random_state",
     "frozen",
     "in_evaluation_mode",
-    "padded_to",
     "replaced_attribute",
     "replaced_forward",
     "replayed_pyramid",
@@ -51,13 +49,8 @@ def captured_pyramid(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def replayed_pyramid(
-    student: nn.Module, pyramid: Mapping[str, Tensor], fraction: float = 1.0
-) -> Iterator[None]:
+def replayed_pyramid(student: nn.Module, pyramid: Mapping[str, Tensor]) -> Iterator[None]:
     """The student's backbone answers with ``pyramid``; the rest of the student leaves no trace.
-
-    Args:
-        fraction: of the images of the student's pass, how many this pass has.
 
     Pictures are not drawn a second time. What modules count or average while they run (running
     statistics of normalisation layers, the loss normaliser of RetinaNet and FCOS) is as before.
@@ -71,31 +64,7 @@ def replayed_pyramid(
         for module in heads:
             if getattr(module, "vis_period", 0):
                 module.vis_period = 0
-            # RetinaNet and FCOS: a running mean of the number of positive anchors in a batch.
-            if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer"):
-                module.loss_normalizer *= fraction
         yield
-
-
-@contextmanager
-def padded_to(batched_inputs: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Images, and targets of their size, are padded as they would be beside these.
-
-    A part of a batch has to have the size of the batch's maps.
-    """
-    height, width = (max(x["image"].shape[axis] for x in batched_inputs) for axis in (-2, -1))
-    from_tensors = ImageList.from_tensors
-
-    def beside(tensors: list[Tensor], *args: Any, **kwargs: Any) -> ImageList:
-        largest = tensors[0].new_zeros(*tensors[0].shape[:-2], height, width)
-        padded = from_tensors([*tensors, largest], *args, **kwargs)
-        return ImageList(padded.tensor[:-1], padded.image_sizes[:-1])
-
-    ImageList.from_tensors = staticmethod(beside)
-    try:
-        yield
-    finally:
-        ImageList.from_tensors = staticmethod(from_tensors)
 
 
 class AnchorMatching:
@@ -104,8 +73,8 @@ class AnchorMatching:
     The two pyramids have the same shapes, so both passes have the same anchors, and matching
     them is a good part of the work of a dense detector. The first pass records what the student's
     matching methods return, the second gets it again (of the RPN with the sample it has drawn).
-    The second may have the first images of the batch alone. A method that is asked with anything
-    but anchors and ground truth, as those that match by what the detector predicts, computes.
+    A method that is asked with anything but anchors and ground truth, as those that match by
+    what the detector predicts, always computes.
     """
 
     # As Detectron2's detectors and those derived from them call it.
@@ -147,38 +116,27 @@ class AnchorMatching:
         result = method(*args, **kwargs)
         sizes = _sizes(args, kwargs)
         if sizes is not None:
-            self._recorded.setdefault(index, []).append((*sizes, result))
+            self._recorded.setdefault(index, []).append((sizes, result))
         return result
 
     def _answer(self, index: int, method: Callable, args: tuple, kwargs: dict) -> Any:
         sizes, recorded = _sizes(args, kwargs), self._recorded.get(index)
-        if sizes is not None and recorded:
-            anchors, objects, result = recorded[0]
-            count = len(sizes[1])
-            if (anchors, objects[:count]) == sizes:
-                recorded.pop(0)
-                if len(objects) == count:
-                    return result
-                if isinstance(result, tuple) and all(len(x) == len(objects) for x in result):
-                    return tuple(x[:count] for x in result)
+        if recorded and recorded[0][0] == sizes:
+            return recorded.pop(0)[1]
         return method(*args, **kwargs)
 
 
-def _sizes(args: tuple, kwargs: dict) -> tuple[list[int], list[int]] | None:
-    """How many anchors there are on each level, and objects in each image; None when it is not
-    just these."""
-    anchors, objects = [], []
+def _sizes(args: tuple, kwargs: dict) -> list[int] | None:
+    """How many anchors and objects there are; None when it is not just these."""
+    sizes = []
     for argument in (*args, *kwargs.values()):
         if not isinstance(argument, Sequence):
             return None
         for item in argument:
-            if isinstance(item, (Boxes, RotatedBoxes)):
-                anchors.append(len(item))
-            elif isinstance(item, Instances):
-                objects.append(len(item))
-            else:
+            if not isinstance(item, (Boxes, RotatedBoxes, Instances)):
                 return None
-    return anchors, objects
+            sizes.append(len(item))
+    return sizes
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
 
-import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..losses import PyramidDistillation, ShareController
-from ..teacher import ObjectBatch, image_cells
+from ..teacher import image_cells
 from .build import build_distiller_parts, never_calls_backbone
 from .evaluation_passes import evaluation_passes
 from .ground_truth import ground_truth_objects
@@ -23,7 +21,6 @@ from .passes import (
     captured_pyramid,
     forked_random_state,
     frozen,
-    padded_to,
     replayed_pyramid,
 )
 from .phases import Phases
@@ -66,7 +63,6 @@ class SelfDistiller(StudentWrapper):
         phases: Phases,
         teacher_loss_weight: float = 1.0,
         teacher_precision: str = "float32",
-        teacher_image_fraction: float = 1.0,
         activation_checkpoint: bool = False,
     ) -> None:
         """
@@ -75,21 +71,14 @@ class SelfDistiller(StudentWrapper):
             teacher: makes the second pyramid (see :mod:`sssd.meta_arch.teachers`).
             distillation: raw distance between the pyramids.
             coefficient: iteration -> weight of the distance, or a controller of its share.
-            phases: when the student learns from the teacher, when its backbone is frozen.
+            phases: when the student learns from the teacher, and when its backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
             teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
-            teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
-                which it learns: the first ones, at least one.
             activation_checkpoint: compute what teacher and adapter hold for their gradients
                 twice, instead of keeping it.
         """
         super().__init__()
         check_precision(teacher_precision)
-        if not 0 < teacher_image_fraction <= 1:
-            raise ValueError(
-                "MODEL.SSSD.TEACHER.IMAGE_FRACTION has to be above 0 and at most 1, got "
-                f"{teacher_image_fraction}."
-            )
         weights = distillation.options["level_weights"]
         if weights and len(weights) != len(teacher.strides):
             raise ValueError(
@@ -108,7 +97,6 @@ class SelfDistiller(StudentWrapper):
         self.phases = phases
         self.teacher_loss_weight = teacher_loss_weight
         self.teacher_precision = teacher_precision
-        self.teacher_image_fraction = teacher_image_fraction
         self.activation_checkpoint = activation_checkpoint
         # Raw distance and coefficient of the last training call, for the log.
         self.last_distance: LoggedValue | None = None
@@ -156,13 +144,12 @@ class SelfDistiller(StudentWrapper):
             return {**losses, "loss_distill": untouched}
 
         features = {level: pyramid[level] for level in self.teacher.strides}
-        learns_from = math.ceil(self.teacher_image_fraction * len(batched_inputs)) if teaches else 0
-        taught = self._taught(features, objects, learns_from)
+        with frozen(self.teacher, not teaches):
+            taught = self._compute(self.teacher, features, objects)
         teacher_losses = {}
         if teaches:
-            replayed = {**_detached(pyramid), **taught}
             with matching.answered():
-                teacher_losses = self._replay(batched_inputs, replayed, learns_from)
+                teacher_losses = self._replay(batched_inputs, {**_detached(pyramid), **taught})
 
         if not self.phases.distills(iteration):
             features = _detached(features)
@@ -226,44 +213,19 @@ class SelfDistiller(StudentWrapper):
                 return checkpoint(part, *inputs, use_reentrant=False)
             return part(*inputs)
 
-    def _taught(
-        self, features: Mapping[str, Tensor], objects: ObjectBatch, learns_from: int
-    ) -> dict[str, Tensor]:
-        """The teacher's pyramid, with a graph for so many first images and none for the others."""
-
-        def maps_of(images: slice, is_frozen: bool) -> dict[str, Tensor]:
-            with frozen(self.teacher, is_frozen):
-                return self._compute(
-                    self.teacher, _images(features, images), objects.images(images)
-                )
-
-        if learns_from in (0, len(objects.boxes)):
-            return maps_of(slice(None), not learns_from)
-        first, others = maps_of(slice(learns_from), False), maps_of(slice(learns_from, None), True)
-        return {level: torch.cat([x, others[level]]) for level, x in first.items()}
-
-    def _replay(
-        self,
-        batched_inputs: list[dict[str, Any]],
-        pyramid: Mapping[str, Tensor],
-        learns_from: int,
-    ) -> dict:
-        """Detection losses of the teacher's pyramid, of so many first images, through the student's
-        own heads.
-        """
-        fraction = learns_from / len(batched_inputs)
+    def _replay(self, batched_inputs: list[dict[str, Any]], pyramid: Mapping[str, Tensor]) -> dict:
+        """Detection losses of the teacher's pyramid through the student's own heads."""
         storage = get_event_storage()
         try:
             with (
                 computing_in(self.teacher_precision, self.device),
-                padded_to(batched_inputs) if fraction < 1 else nullcontext(),
-                replayed_pyramid(self.student, _images(pyramid, slice(learns_from)), fraction),
+                replayed_pyramid(self.student, pyramid),
                 pooled_over_cells(self.student),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.
                 EventStorage(storage.iter) as events,
             ):
-                losses = self.student(batched_inputs[:learns_from])
+                losses = self.student(batched_inputs)
         except Exception as error:
             bad = [level for level, x in pyramid.items() if not x.isfinite().all()]
             if not bad:
@@ -277,10 +239,6 @@ class SelfDistiller(StudentWrapper):
 
     def __prepare_scriptable__(self) -> None:
         _refuse_export(scripting=True)
-
-
-def _images(pyramid: Mapping[str, Tensor], part: slice) -> dict[str, Tensor]:
-    return {level: x[part] for level, x in pyramid.items()}
 
 
 def _detached(pyramid: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ def distill(
     distance: Mapping[str, Any] | None = None,
     teacher_loss_weight: float = 1.0,
     teacher_precision: str = "float32",
-    teacher_image_fraction: float = 1.0,
     activation_checkpoint: bool = False,
 ) -> SelfDistiller:
     """Wraps a detector that is already built: for LazyConfig and for training loops of one's own.
@@ -35,7 +34,7 @@ def distill(
         student: any detector with a ``backbone`` that returns a dict of maps of equal width.
         coefficient: iteration -> weight of the distance (:func:`sssd.losses.coefficient_schedule`),
             or a controller of its share.
-        phases: when the student learns from the teacher, when its backbone is frozen.
+        phases: when the student learns from the teacher, and when its backbone is frozen.
         num_classes: classes of the ground truth; 0 for the student's own.
         levels: names of the pyramid levels to distill; empty for all.
         teacher: a teacher that is built already, or options: ``name`` of a registered one
@@ -44,8 +43,6 @@ def distill(
         distance: options of :class:`sssd.losses.PyramidDistillation`.
         teacher_loss_weight: factor on the detection losses of the teacher's pass.
         teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
-        teacher_image_fraction: of the images of a batch, how many have the teacher's pass, from
-            which it learns: the first ones, at least one.
         activation_checkpoint: compute what teacher and adapter hold for their gradients twice,
             instead of keeping it.
 
@@ -66,6 +63,5 @@ def distill(
         phases=phases,
         teacher_loss_weight=teacher_loss_weight,
         teacher_precision=teacher_precision,
-        teacher_image_fraction=teacher_image_fraction,
         activation_checkpoint=activation_checkpoint,
     )

@@ -46,11 +46,6 @@ class MaskedObjects(ObjectBatch):
         masks = {level: x.to(device, non_blocking=True) for level, x in self.masks.items()}
         return MaskedObjects(super().to(device), masks)
 
-    def images(self, part: slice) -> "MaskedObjects":
-        """Some images of the batch."""
-        masks = {level: x[part] for level, x in self.masks.items()}
-        return MaskedObjects(super().images(part), masks)
-
     def with_context_box(self, no_class: int) -> "MaskedObjects":
         """Appends to each image, last, an object that covers all of it and has no class."""
         # True beyond the image as well: mask_cells() leaves that out.

@@ -28,10 +28,6 @@ class ObjectBatch(NamedTuple):
     def to(self, device: torch.device) -> "ObjectBatch":
         return ObjectBatch(*(x.to(device, non_blocking=True) for x in self))
 
-    def images(self, part: slice) -> "ObjectBatch":
-        """Some images of the batch."""
-        return ObjectBatch(*(x[part] for x in self))
-
     def with_context_box(self, no_class: int) -> "ObjectBatch":
         """Appends to each image, last, an object that covers all of it and has no class."""
         height, width = self.image_sizes.unbind(1)

@@ -55,7 +55,6 @@ def test_every_recipe_builds_and_says_what_its_yacs_twin_says(path):
         scale = yacs.SOLVER.MAX_ITER / 180000
         assert model.phases.no_distill_iters == 30000 * scale
         assert model.phases.freeze_backbone_iters == 20000 * scale
-        assert model.teacher_image_fraction == keys.TEACHER.IMAGE_FRACTION
         assert model.teacher_precision == keys.TEACHER.PRECISION
         assert model.activation_checkpoint == keys.TEACHER.ACTIVATION_CHECKPOINT
         width = model.teacher.painter.refinement[-2].out_channels

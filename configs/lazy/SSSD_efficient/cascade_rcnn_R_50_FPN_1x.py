@@ -5,4 +5,9 @@ from ..common.schedules import lr_multiplier_1x as lr_multiplier
 from ..common.schedules import optimizer
 from ..common.schedules import train_1x as train
 
-model = sssd_efficient(cascade_rcnn, train.max_iter, [60000, 80000])
+model = sssd_efficient(
+    cascade_rcnn,
+    train.max_iter,
+    [60000, 80000],
+    activation_checkpoint=True,
+)

@@ -5,4 +5,9 @@ from ..common.schedules import lr_multiplier_2x as lr_multiplier
 from ..common.schedules import optimizer
 from ..common.schedules import train_2x as train
 
-model = sssd_efficient(cascade_rcnn, train.max_iter, [120000, 160000])
+model = sssd_efficient(
+    cascade_rcnn,
+    train.max_iter,
+    [120000, 160000],
+    activation_checkpoint=True,
+)

@@ -5,5 +5,10 @@ from ..common.schedules import lr_multiplier_2x as lr_multiplier
 from ..common.schedules import optimizer
 from ..common.schedules import train_2x as train
 
-model = sssd_efficient(mask_rcnn, train.max_iter, [120000, 160000])
+model = sssd_efficient(
+    mask_rcnn,
+    train.max_iter,
+    [120000, 160000],
+    activation_checkpoint=True,
+)
 dataloader.train.mapper.use_instance_mask = True
