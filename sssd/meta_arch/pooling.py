@@ -44,15 +44,15 @@ def _quicker(layer: ROIAlign) -> Callable[[Tensor, Tensor], Tensor]:
             return forward(maps, regions)
         # As torchvision under autocast: regions in the precision of the map, sums in single.
         wide = maps if maps.dtype == torch.float64 else maps.float()
-        pooled = roi_align(
+        return roi_align(
             wide,
             regions.to(maps.dtype),
             output_size=layer.output_size,
             spatial_scale=layer.spatial_scale,
             sampling_ratio=layer.sampling_ratio,
             aligned=layer.aligned,
+            dtype=maps.dtype,
         )
-        return pooled.to(maps.dtype)
 
     return pool
 
@@ -65,6 +65,7 @@ def roi_align(
     spatial_scale: float,
     sampling_ratio: int = 0,
     aligned: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean of bilinear samples in each bin of each region (Mask R-CNN, 1703.06870).
 
@@ -77,14 +78,17 @@ def roi_align(
         spatial_scale: cells per pixel.
         sampling_ratio: samples of a bin along each axis; 0 for one in each begun cell.
         aligned: whether pixel centres lie at half-integer positions.
+        dtype: of the result; None for that of the maps.
 
     Returns:
         (R, C, rows, columns).
     """
     rows, columns = (output_size,) * 2 if isinstance(output_size, int) else output_size
     channels, height, width = maps.shape[1:]
+    dtype = dtype or maps.dtype
     if not len(regions):
-        return maps.new_zeros(0, channels, rows, columns) + 0 * maps.sum()  # (with its graph)
+        empty = maps.new_zeros(0, channels, rows, columns) + 0 * maps.sum()  # (with its graph)
+        return empty.to(dtype)
     cells, weights, counts = [], [], []
     for part in regions.split(_REGIONS):
         images = part[:, 0].long()
@@ -108,7 +112,9 @@ def roi_align(
         mode="sum",
         per_sample_weights=torch.cat(weights),
     )
-    return pooled.view(-1, rows, columns, channels).permute(0, 3, 1, 2).contiguous()
+    # Before the channels go to the front, which takes as long as there are bytes.
+    pooled = pooled.to(dtype).view(-1, rows, columns, channels)
+    return pooled.permute(0, 3, 1, 2).contiguous()
 
 
 def _axis(
