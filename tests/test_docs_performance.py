@@ -56,7 +56,6 @@ def test_the_savings_of_each_key_are_those_of_the_results(column):
         "half as wide (`REFINEMENT_DIM`, `ADAPTER_DIM`)": "half as wide",
         "bfloat16": "bfloat16",
         "activation checkpointing": "activation checkpointing",
-        "half of the images (`IMAGE_FRACTION`)": "half of the images",
         "the preset": "SSSD_efficient",
     }
     for start, config in rows.items():
@@ -68,8 +67,10 @@ def test_the_goals_are_met_where_the_page_says_so():
     # Of issue 6: step 1.95 (Faster R-CNN), memory 1.8, crowds 1.1; the efficient preset 1.4.
     assert float(table_row("SSSD, time")[0]) <= 1.95
     assert max(map(float, table_row("SSSD, peak memory"))) <= 1.8
-    efficient = table_row("SSSD, [efficient preset](#the-efficient-preset), time")
-    assert max(map(float, efficient)) <= 1.4
+    of_regions, *of_maps = map(
+        float, table_row("SSSD, [efficient preset](#the-efficient-preset), time")
+    )
+    assert of_regions <= 1.4 < min(of_maps)  # the page says that RetinaNet and FCOS miss it
     assert max(map(float, table_row("SSSD, efficient preset, peak memory"))) <= 1.4
     crowds = json.loads((RESULTS / "objects.json").read_text())["configs"]
     (crowded,) = (x for x in crowds if x["name"].startswith("SSSD") and "300" in x["name"])
@@ -80,14 +81,14 @@ def test_the_goals_are_met_where_the_page_says_so():
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_preset_is_that_of_the_configs(detector):
     (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.S | re.M)
+    expected = yaml.safe_load(block)["MODEL"]
+    if detector != "faster_rcnn":
+        del expected["SSSD"]["TEACHER"]["ACTIVATION_CHECKPOINT"]
     path = REPOSITORY / f"configs/SSSD_efficient/{detector}_R_50_FPN_1x.yaml"
-    assert yaml.safe_load(block)["MODEL"] == yaml.safe_load(path.read_text())["MODEL"]
+    assert yaml.safe_load(path.read_text())["MODEL"] == expected
 
 
-@pytest.mark.parametrize(
-    "row, detector",
-    [("[RetinaNet](results/bccd/efficient_retinanet.md)", "retinanet"), ("FCOS", "fcos")],
-)
+@pytest.mark.parametrize("row, detector", [("FCOS", "fcos")])
 def test_the_accuracy_of_a_preset_is_that_of_its_runs(row, detector):
     folder = REPOSITORY / "docs/results/bccd"
     plan = load_plan(folder / "plan.yaml")
