@@ -42,16 +42,13 @@ def _quicker(layer: ROIAlign) -> Callable[[Tensor, Tensor], Tensor]:
     def pool(maps: Tensor, regions: Tensor) -> Tensor:
         if maps.device.type != "cpu":
             return forward(maps, regions)
-        # As torchvision under autocast: regions in the precision of the map, sums in single.
-        wide = maps if maps.dtype == torch.float64 else maps.float()
         return roi_align(
-            wide,
-            regions.to(maps.dtype),
+            maps,
+            regions.to(maps.dtype),  # as torchvision under autocast
             output_size=layer.output_size,
             spatial_scale=layer.spatial_scale,
             sampling_ratio=layer.sampling_ratio,
             aligned=layer.aligned,
-            dtype=maps.dtype,
         )
 
     return pool
@@ -65,34 +62,31 @@ def roi_align(
     spatial_scale: float,
     sampling_ratio: int = 0,
     aligned: bool = True,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean of bilinear samples in each bin of each region (Mask R-CNN, 1703.06870).
 
     The function is :func:`torchvision.ops.roi_align`; results differ by rounding.
 
     Args:
-        maps: (N, C, H, W), float32 or float64.
+        maps: (N, C, H, W). Sums over maps of half precision are in single, as torchvision's.
         regions: (R, 5), index of the image and x1 y1 x2 y2 in pixels.
         output_size: bins (rows, columns) of a region, or one number for both.
         spatial_scale: cells per pixel.
         sampling_ratio: samples of a bin along each axis; 0 for one in each begun cell.
         aligned: whether pixel centres lie at half-integer positions.
-        dtype: of the result; None for that of the maps.
 
     Returns:
-        (R, C, rows, columns).
+        (R, C, rows, columns), in the precision of the maps.
     """
     rows, columns = (output_size,) * 2 if isinstance(output_size, int) else output_size
     channels, height, width = maps.shape[1:]
-    dtype = dtype or maps.dtype
     if not len(regions):
-        empty = maps.new_zeros(0, channels, rows, columns) + 0 * maps.sum()  # (with its graph)
-        return empty.to(dtype)
+        return maps.new_zeros(0, channels, rows, columns) + 0 * maps.sum()  # (with its graph)
+    wide = maps if maps.dtype == torch.float64 else maps.float()
     cells, weights, counts = [], [], []
     for part in regions.split(_REGIONS):
         images = part[:, 0].long()
-        x1, y1, x2, y2 = (part[:, 1:].to(maps.dtype) * spatial_scale - 0.5 * aligned).unbind(1)
+        x1, y1, x2, y2 = (part[:, 1:].to(wide.dtype) * spatial_scale - 0.5 * aligned).unbind(1)
         row, of_row = _axis(y1, y2, height, rows, sampling_ratio, aligned)
         column, of_column = _axis(x1, x2, width, columns, sampling_ratio, aligned)
         # (regions, rows, columns, K of rows, K of columns)
@@ -107,13 +101,13 @@ def roi_align(
     counts = torch.cat(counts)
     pooled = F.embedding_bag(
         torch.cat(cells),
-        maps.permute(0, 2, 3, 1).reshape(-1, channels),
+        wide.permute(0, 2, 3, 1).reshape(-1, channels),
         counts.cumsum(0) - counts,
         mode="sum",
         per_sample_weights=torch.cat(weights),
     )
     # Before the channels go to the front, which takes as long as there are bytes.
-    pooled = pooled.to(dtype).view(-1, rows, columns, channels)
+    pooled = pooled.to(maps.dtype).view(-1, rows, columns, channels)
     return pooled.permute(0, 3, 1, 2).contiguous()
 
 

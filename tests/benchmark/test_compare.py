@@ -85,7 +85,7 @@ def test_ratios_are_those_of_the_same_round():
 
 
 def test_the_mean_of_a_turn_counts_where_its_steps_differ():
-    # Every other step of the second training has a teacher: by the median it would be missed.
+    # One step of the second training is longer than the others: by the median it would be missed.
     first, other = [turn([1.0] * 4), turn([2.0] * 4)], [turn([1.0, 3.0, 1.0, 1.0]), turn([2.0] * 4)]
     _, by_median = summarise([first, other])
     _, by_mean = summarise([first, other], mean=True)
