@@ -57,7 +57,7 @@ def _draw_seeds(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
     figure, axes = _panels(found, 5.0, 1.2 + 0.42 * most)
     for axis, variants in zip(axes, found.values(), strict=True):
         for row, variant in enumerate(variants):
-            values = list(variant.figures("validation", plan.metric).values())
+            values = list(variant.figures(plan.metric, "validation").values())
             color = f"C{row}"
             axis.plot(values, [row] * len(values), "o", color=color, alpha=0.7)
             mean = statistics.mean(values)
@@ -114,7 +114,7 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
         for number, method in enumerate(dict.fromkeys(v.method for v in swept)):
             _draw_method(above, below, plan, [v for v in swept if v.method == method], number)
         for variant in (v for v in variants if not v.setting):  # the baseline
-            mean = statistics.mean(variant.figures("validation", plan.metric).values())
+            mean = statistics.mean(variant.figures(plan.metric, "validation").values())
             above.axhline(mean, linestyle=":", color="black", label=variant.name)
         above.set_title(detector)
         above.set_ylabel(f"{plan.metric} on {plan.validation}")
@@ -134,7 +134,7 @@ def _draw_method(above, below, plan: Plan, variants: Sequence[Variant], number: 
     variants = sorted(variants, key=_number)
     method, color = variants[0].method, f"C{number}"
     values = [_number(v) for v in variants]
-    figures = [list(v.figures("validation", plan.metric).values()) for v in variants]
+    figures = [list(v.figures(plan.metric, "validation").values()) for v in variants]
     error = [statistics.stdev(f) if len(f) > 1 else 0.0 for f in figures]
     mean = [statistics.mean(f) for f in figures]
     above.errorbar(values, mean, error, fmt="o-", capsize=3, color=color, label=method)

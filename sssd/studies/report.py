@@ -34,9 +34,13 @@ class Variant:
     def name(self) -> str:
         return f"{self.method} @ {self.setting}" if self.setting else self.method
 
-    def figures(self, split: str, key: str) -> dict[int, float]:
-        """A figure of the last evaluation, by seed."""
-        return {seed: r[split][key] for seed, r in self.records.items() if key in r[split]}
+    def figures(self, key: str, *splits: str) -> dict[int, float]:
+        """A figure of the last evaluation, by seed; of several splits, its mean over them."""
+        return {
+            seed: statistics.mean(record[split][key] for split in splits)
+            for seed, record in self.records.items()
+            if all(key in record[split] for split in splits)
+        }
 
     def share(self, part: str) -> list[float]:
         """The share of the distillation ("early" or "end") of each run, in percent."""
@@ -86,6 +90,9 @@ def study_tables(plan: Plan, study: Study, found: Mapping[str, Sequence[Variant]
             parts.append(f"## {detector}, `{dataset}`\n\n{_figures(plan, variants, split)}")
             if differences := _differences(plan, study, variants, split):
                 parts.append(differences)
+        # More pictures than in either: the narrowest interval.
+        if len(splits) > 1 and (differences := _differences(plan, study, variants, *splits)):
+            parts.append(f"## {detector}, mean of both splits\n\n{differences}")
         if shares := _shares(plan, variants):
             parts.append(shares)
     done = sum(len(variant.records) for variants in found.values() for variant in variants)
@@ -99,13 +106,13 @@ def _figures(plan: Plan, variants: Sequence[Variant], split: str) -> str:
     prefix = plan.metric.removesuffix("AP")
     rows = []
     for variant in variants:
-        cells = [spread(list(variant.figures(split, prefix + c).values())) for c in COCO_COLUMNS]
+        cells = [spread(list(variant.figures(prefix + c, split).values())) for c in COCO_COLUMNS]
         rows.append([variant.name, len(variant.records), *cells])
     return markdown_table(["method", "seeds", *COCO_COLUMNS], rows)
 
 
-def _differences(plan: Plan, study: Study, variants: Sequence[Variant], split: str) -> str:
-    """Of the judged figure, to the baseline."""
+def _differences(plan: Plan, study: Study, variants: Sequence[Variant], *splits: str) -> str:
+    """Of the judged figure, to the baseline; of several splits, of its mean over them."""
     base = next((v for v in variants if v.variant == study.baseline), None)
     if base is None:
         return ""
@@ -113,7 +120,7 @@ def _differences(plan: Plan, study: Study, variants: Sequence[Variant], split: s
     for variant in variants:
         if variant is base:
             continue
-        ours, theirs = (v.figures(split, plan.metric) for v in (variant, base))
+        ours, theirs = (v.figures(plan.metric, *splits) for v in (variant, base))
         seeds = sorted(ours.keys() & theirs.keys())
         if len(seeds) < 2:
             continue

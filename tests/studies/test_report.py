@@ -25,14 +25,14 @@ def plan_of(tmp_path, study):
     return load_plan(tmp_path / "plan.yaml")
 
 
-def write(folder, training, value, share=None, curve=()):
+def write(folder, training, value, share=None, curve=(), test=None):
     def figures(x):
         keys = [f"{p}bbox/{c}" for p in ("", "averaged/") for c in COLUMNS]
         return {key: x + 10 * key.startswith("averaged") for key in keys}
 
     record = {
-        "settings": _settings(training), "validation": figures(value), "test": figures(value - 5),
-        "share": share, "iterations": 600,
+        "settings": _settings(training), "validation": figures(value),
+        "test": figures(value - 5 if test is None else test), "share": share, "iterations": 600,
     }  # fmt: skip
     lines = [{"iteration": i, **{f"val/{k}": v for k, v in figures(x).items()}} for i, x in curve]
     write_record(folder / training.name, record, lines)
@@ -56,6 +56,19 @@ def test_differences_are_of_the_judged_figure_and_paired_by_seed(tmp_path):
     # 3 and -2 of the two seeds that both have: mean 0.5, 12.706 * 2.5.
     assert "| sssd | 2 | +0.50 ± 31.77 | -2.00 to +3.00 |" in text
     assert "share of the distillation" not in text
+
+
+def test_of_two_splits_there_is_the_difference_of_their_mean(tmp_path):
+    study = {"methods": ["plain", "lgd"], "baseline": "plain", "test": True}
+    plan = plan_of(tmp_path, study)
+    gains = {"plain": [(0, 0)] * 3, "lgd": [(1, 3), (2, 4), (3, 2)]}  # validation, test
+    for training in plan.trainings():
+        validation, test = gains[training.method][training.seed - 1]
+        write(tmp_path, training, 30 + validation, test=20 + test)
+    _, mean = write_studies(plan, tmp_path).split("## fcos, mean of both splits")
+    # Differences 2, 3, 2.5: mean 2.5, 4.3027 * 0.5 / sqrt(3).
+    assert "| lgd | 3 | +2.50 ± 1.24 | +2.00 to +3.00 |" in mean
+    assert "AP50" not in mean
 
 
 def test_a_sweep_has_shares_and_pictures_of_its_own(tmp_path):
