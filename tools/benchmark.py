@@ -74,7 +74,6 @@ def main(args: argparse.Namespace) -> None:
             rounds=args.rounds,
             steps=args.steps,
             warmup=WARMUP,
-            mean=args.mean,
             breakdown=args.breakdown,
             exports=exports,
             progress=print_progress,
@@ -96,7 +95,6 @@ def main(args: argparse.Namespace) -> None:
         "rounds": args.rounds,
         "steps": args.steps,
         "warmup": WARMUP,
-        "mean": args.mean,
         "memory_is": report_of.MEMORY[torch.device(device).type],
         "data": described_data(setting, args.objects),
         "configs": configs,
@@ -183,11 +181,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rounds", type=positive, default=15, help="turns of each (default 15)")
     add("--steps", type=positive, default=4, help="steps of a turn (default 4)")
-    add(
-        "--mean",
-        action="store_true",
-        help="compare the mean step of a turn, not the median: where the steps of a turn differ",
-    )
     add("--stage", default="", help="stage to time, in the configs that have it")
     add("--device", default="", help="cpu or cuda; default: cuda if there is one")
     add("--threads", type=positive, help="of each process")

@@ -58,7 +58,6 @@ def measure(
     rounds: int,
     steps: int,
     warmup: int,
-    mean: bool = False,
     breakdown: int = 0,
     exports: Sequence[Path] = (),
     progress: Callable[[str], None] = lambda text: None,
@@ -70,7 +69,6 @@ def measure(
         rounds: turns of each.
         steps: of a turn.
         warmup: steps of each before the first round, which are left out.
-        mean: see `summarise`.
         breakdown: steps of each that run under the profiler at the end; 0 for none.
         exports: for each job the file that its student is written to, for `measure_inference`.
         progress: is told what happens.
@@ -98,7 +96,7 @@ def measure(
             progress("breakdown of the steps")
             for worker, description in zip(workers, descriptions, strict=True):
                 description["breakdown"] = worker.ask("breakdown", breakdown)
-    summaries = summarise(turns, mean=mean)
+    summaries = summarise(turns)
     return [
         {
             "name": job.name,
@@ -156,35 +154,30 @@ def measure_inference(
     ]
 
 
-def summarise(
-    turns: Sequence[Sequence[dict[str, Any]]], *, mean: bool = False
-) -> list[dict[str, Any]]:
+def summarise(turns: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Medians and ratios.
 
     Args:
         turns: of `take_turns`; those of the first worker are what the ratios refer to.
-        mean: a step counts as the mean of its turn, for trainings in which not all steps do the
-            same.
 
     Returns:
         For each worker
 
-        - ``step_seconds``: median over all steps, with ``mean`` over the means of the rounds;
-        - ``ratio``: ``median`` and quartiles ``q1`` and ``q3``, over the rounds, of the median (or
-          mean) step of the round divided by that of the first worker in the same round;
+        - ``step_seconds``: median over all steps;
+        - ``ratio``: ``median`` and quartiles ``q1`` and ``q3``, over the rounds, of the median
+          step of the round divided by that of the first worker in the same round;
         - ``images_per_second``: of such a step, without loading (a pair of images counts once);
         - ``data_seconds``: median time to load a batch, no part of the step;
         - ``memory``: bytes at the ``peak``, those ``before`` that do not count, and ``above``, the
           difference; ``memory_ratio``: of ``above`` to that of the first. None where unknown;
         - ``batch_size``, and ``turns``: when each began and ended, and the times of its steps.
     """
-    of_turn = statistics.fmean if mean else statistics.median
-    of_first = [of_turn(turn["step_seconds"]) for turn in turns[0]]
+    of_first = [statistics.median(turn["step_seconds"]) for turn in turns[0]]
     summaries = []
     for own in turns:
-        of_own = [of_turn(turn["step_seconds"]) for turn in own]
+        of_own = [statistics.median(turn["step_seconds"]) for turn in own]
         ratios = [x / first for x, first in zip(of_own, of_first, strict=True)]
-        step = statistics.median(of_own if mean else (x for t in own for x in t["step_seconds"]))
+        step = statistics.median(x for turn in own for x in turn["step_seconds"])
         memory = own[-1]["memory"]
         known = memory["peak"] is not None
         above = memory["peak"] - memory["before"] if known else None

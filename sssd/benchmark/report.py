@@ -89,13 +89,12 @@ def step_notes(report: dict[str, Any]) -> str:
     """What the columns of `step_table` are.
 
     Args:
-        report: with rounds, steps, warmup, mean, memory_is, data and configs.
+        report: with rounds, steps, warmup, memory_is, data and configs.
     """
-    middle = "mean of a turn, and median of these" if report["mean"] else "median of all"
     left_out = sorted({config["random_instead_of"] for config in report["configs"]} - {""})
     return (
         f"Interleaved in one run: {report['rounds']} rounds of {report['steps']} steps of each, "
-        f"after {report['warmup']} for warming up. Step: {middle}. Time ratio: to the "
+        f"after {report['warmup']} for warming up. Step: median of all. Time ratio: to the "
         "first row, median and quartiles over the rounds of the ratio in the same round. Data: "
         f"loading a batch, no part of the step. Memory: {report['memory_is']}. Training only: "
         "parameters that the trained model does not have, a frozen teacher's among them."

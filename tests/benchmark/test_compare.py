@@ -84,16 +84,6 @@ def test_ratios_are_those_of_the_same_round():
     assert b["data_seconds"] == 0.5
 
 
-def test_the_mean_of_a_turn_counts_where_its_steps_differ():
-    # One step of the second training is longer than the others: by the median it would be missed.
-    first, other = [turn([1.0] * 4), turn([2.0] * 4)], [turn([1.0, 3.0, 1.0, 1.0]), turn([2.0] * 4)]
-    _, by_median = summarise([first, other])
-    _, by_mean = summarise([first, other], mean=True)
-    assert by_median["ratio"]["median"] == 1.0
-    assert by_mean["ratio"] == {"median": 1.25, "q1": 1.125, "q3": 1.375}
-    assert by_mean["step_seconds"] == 1.75
-
-
 def test_memory_that_is_not_known_has_no_ratio():
     a, b = summarise([[turn([1.0], (None, None))], [turn([1.0], (None, None))]])
     assert a["memory_ratio"] is None and b["memory_ratio"] is None
