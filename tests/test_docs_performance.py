@@ -88,8 +88,8 @@ def test_the_preset_is_that_of_the_configs(detector):
     assert yaml.safe_load(path.read_text())["MODEL"] == expected
 
 
-@pytest.mark.parametrize("row, detector", [("FCOS", "fcos")])
-def test_the_accuracy_of_a_preset_is_that_of_its_runs(row, detector):
+@pytest.mark.parametrize("name, detector", [("RetinaNet", "retinanet"), ("FCOS", "fcos")])
+def test_the_accuracy_of_a_preset_is_that_of_its_runs(name, detector):
     folder = REPOSITORY / "docs/results/bccd"
     plan = load_plan(folder / "plan.yaml")
     (study,) = plan.chosen([f"efficient_{detector}"])
@@ -100,6 +100,7 @@ def test_the_accuracy_of_a_preset_is_that_of_its_runs(row, detector):
     for splits in (["validation"], ["test"], ["validation", "test"]):
         ours, theirs = (v.figures(plan.metric, *splits) for v in (efficient, faithful))
         expected.append(paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds]))
+    row = f"[{name}](results/bccd/efficient_{detector}.md)"
     assert table_row(row) == [str(len(seeds)), *expected]
 
 
