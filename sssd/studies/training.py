@@ -1,5 +1,7 @@
 """One run of a plan, in a process of its own, and its record."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode
 
 from ..engine.config_check import check_values
@@ -79,7 +82,11 @@ def read_record(folder: Path, training: Training) -> dict[str, Any] | None:
         folder: of the plan.
     """
     record = read_json(folder / training.name)
-    return record if record is not None and record["settings"] == _settings(training) else None
+    if record is None:
+        return None
+    kept, wanted = record["settings"], _settings(training)
+    # The first records have no digest, nor has a run whose config is not at hand.
+    return record if all(kept[k] == wanted[k] for k in kept.keys() & wanted.keys()) else None
 
 
 def train(
@@ -144,7 +151,18 @@ def _as_option(value: Any) -> Any:
 
 
 def _settings(training: Training) -> dict[str, Any]:
-    return {"config": training.config, "options": [_as_option(x) for x in training.options]}
+    """What tells a run from one that only has its name."""
+    settings = {"config": training.config, "options": [_as_option(x) for x in training.options]}
+    if os.path.isfile(training.config):
+        # The keys that it and its bases set, whatever their comments.
+        try:
+            keys = CfgNode.load_yaml_with_base(training.config, allow_unsafe=False)
+        except (yaml.YAMLError, AttributeError, OSError, TypeError):
+            load_config(training.config)  # says in a sentence what is wrong with it
+            raise
+        text = json.dumps(keys, sort_keys=True, default=str)
+        settings["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return settings
 
 
 def _keep_only_what_continues(output: Path, training: Training) -> None:

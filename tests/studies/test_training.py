@@ -12,13 +12,15 @@ import time
 import pytest
 import yaml
 
+from sssd.engine.config_file import ConfigError
 from sssd.studies.detection import run_studies, write_studies
-from sssd.studies.plan import load_plan
-from sssd.studies.records import public_log
+from sssd.studies.plan import Training, load_plan
+from sssd.studies.records import public_log, write_record
 from sssd.studies.training import (
     Processes,
     TrainingFailed,
     TrainingStopped,
+    _settings,
     check,
     final_figures,
     read_record,
@@ -98,6 +100,33 @@ def test_a_run_with_other_settings_is_another_run(plan, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
     assert read_record(tmp_path, training) is None
+
+
+def test_a_run_of_a_config_that_was_edited_is_another_run(tmp_path):
+    base, config = tmp_path / "base.yaml", tmp_path / "fcos.yaml"
+    base.write_text("SOLVER: {MAX_ITER: 5, BASE_LR: 0.1}\n")
+    config.write_text("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 6}\n")
+    training = Training("fcos", "plain", "", 1, str(config), ("SEED", 1))
+    write_record(tmp_path / training.name, {"settings": _settings(training)}, [])
+    assert read_record(tmp_path, training) is not None
+    config.write_text("# Six.\n_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 6\n")
+    assert read_record(tmp_path, training) is not None  # only its words are others
+    base.write_text("SOLVER: {MAX_ITER: 5, BASE_LR: 0.2}\n")
+    assert read_record(tmp_path, training) is None
+    for broken in ("SOLVER: {", "_BASE_: other.yaml"):
+        config.write_text(broken)
+        with pytest.raises((ConfigError, OSError), match=r"(fcos|other).yaml"):
+            read_record(tmp_path, training)
+    config.unlink()
+    assert read_record(tmp_path, training) is not None  # the results alone, without the project
+
+
+def test_a_record_from_before_there_were_digests_counts(plan, tmp_path):
+    training = plan.trainings()[0]
+    settings = _settings(training)
+    del settings["digest"]
+    write_record(tmp_path / training.name, {"settings": settings}, [])
+    assert read_record(tmp_path, training) is not None
 
 
 def test_what_was_stopped_goes_on_where_it_was(plan, tmp_path):
