@@ -19,21 +19,33 @@ __all__ = ["Agreement", "gradient_agreement"]
 class Agreement:
     """Of the two gradients of a part of the student, by batch.
 
+    The gradient of a batch is a sample: even the detection losses agree with themselves no further
+    than from one batch to the next.
+
     Attributes:
         cosine: between them: 1 where distillation pulls as the detection losses do, 0 where it
             has nothing to do with them, below 0 where it pulls against them.
         ratio: norm of distillation's gradient to that of the detection losses'.
+        next_batch: cosine between the detection losses' gradients of a batch and of the one before
+            it; one value fewer.
     """
 
-    cosine: Sequence[float]
-    ratio: Sequence[float]
+    cosine: list[float]
+    ratio: list[float]
+    next_batch: list[float]
 
     def summary(self) -> str:
         """Means and, over several batches, standard deviations."""
+        named = {
+            "cosine": self.cosine,
+            "ratio of norms": self.ratio,
+            "detection losses of two batches: cosine": self.next_batch,
+        }
         texts = []
-        for name, values in (("cosine", self.cosine), ("ratio of norms", self.ratio)):
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            texts.append(f"{name} {statistics.mean(values):.3f}{spread}")
+        for name, values in named.items():
+            if values:
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                texts.append(f"{name} {statistics.mean(values):.3f}{spread}")
         return ", ".join(texts)
 
 
@@ -72,8 +84,8 @@ def gradient_agreement(
         "pyramid": [i for i, p in enumerate(trained) if id(p) not in below],
     }
     parts = {name: members for name, members in parts.items() if members}
-    cosines: dict[str, list[float]] = {name: [] for name in parts}
-    ratios: dict[str, list[float]] = {name: [] for name in parts}
+    found = {name: Agreement([], [], []) for name in parts}
+    before: dict[str, Tensor] = {}
     was_training = model.training
     model.train()
     for batch in itertools.islice(batches, count):
@@ -84,11 +96,17 @@ def gradient_agreement(
         distillation = _gradient(losses["loss_distill"], trained)
         for name, members in parts.items():
             ours, theirs = (torch.cat([g[i] for i in members]) for g in (detection, distillation))
-            norms = ours.norm(), theirs.norm()
-            cosines[name].append(float(ours @ theirs / (norms[0] * norms[1]).clamp(min=1e-20)))
-            ratios[name].append(float(norms[1] / norms[0].clamp(min=1e-20)))
+            found[name].cosine.append(_cosine(ours, theirs))
+            found[name].ratio.append(float(theirs.norm() / ours.norm().clamp(min=1e-20)))
+            if name in before:
+                found[name].next_batch.append(_cosine(ours, before[name]))
+            before[name] = ours
     model.train(was_training)
-    return {name: Agreement(cosines[name], ratios[name]) for name in parts}
+    return found
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-20))
 
 
 def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -27,8 +27,9 @@ class Fixed(torch.nn.Module):
 
     def forward(self, batch):
         low, high = self.bottom_up.weight[0], self.student.backbone.output.weight[0]
+        first = torch.tensor([1.0, 0.0]) if batch is None else torch.tensor(batch)
         return {
-            "loss_cls": low @ torch.tensor([1.0, 0.0]) + high @ torch.tensor([3.0, 0.0]),
+            "loss_cls": low @ first + high @ torch.tensor([3.0, 0.0]),
             "loss_box_reg": low @ torch.tensor([1.0, 0.0]),
             "teacher_loss_cls": 100 * low.sum(),
             "loss_distill": low @ torch.tensor([0.0, 4.0]) - high @ torch.tensor([3.0, 3.0]),
@@ -38,12 +39,23 @@ class Fixed(torch.nn.Module):
 def test_cosine_and_ratio_are_those_of_the_two_gradients():
     found = gradient_agreement(Fixed(), [None, None, None], count=2, iteration=4)
     # below the pyramid: (2, 0) and (0, 4); above: (3, 0) and (-3, -3)
-    assert found["bottom_up"] == Agreement([0.0, 0.0], [2.0, 2.0])
+    assert found["bottom_up"] == Agreement([0.0, 0.0], [2.0, 2.0], [1.0])
     assert found["pyramid"].cosine == pytest.approx([-(2**-0.5)] * 2)
     assert found["pyramid"].ratio == pytest.approx([2**0.5] * 2)
-    assert found["bottom_up"].summary() == "cosine 0.000 ± 0.000, ratio of norms 2.000 ± 0.000"
+    assert found["bottom_up"].summary() == (
+        "cosine 0.000 ± 0.000, ratio of norms 2.000 ± 0.000, "
+        "detection losses of two batches: cosine 1.000"
+    )
     with pytest.raises(ValueError, match="In iteration 5 the distance does not train the student"):
         gradient_agreement(Fixed(), [None], count=1, iteration=5)
+
+
+def test_detection_losses_are_compared_with_those_of_the_batch_before():
+    # Below the pyramid: (2, 0), (1, 1), (1, 1).
+    found = gradient_agreement(Fixed(), [None, [0.0, 1.0], [0.0, 1.0]], count=3, iteration=4)
+    assert found["bottom_up"].next_batch == pytest.approx([2**-0.5, 1.0])
+    alone = gradient_agreement(Fixed(), [None], count=1, iteration=4)["pyramid"]
+    assert alone.next_batch == [] and "two batches" not in alone.summary()
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet"])
