@@ -90,7 +90,7 @@ def study_tables(plan: Plan, study: Study, found: Mapping[str, Sequence[Variant]
             parts.append(f"## {detector}, `{dataset}`\n\n{_figures(plan, variants, split)}")
             if differences := _differences(plan, study, variants, split):
                 parts.append(differences)
-        # More pictures than in either: the narrowest interval.
+        # More pictures than in either: mostly the narrowest interval.
         if len(splits) > 1 and (differences := _differences(plan, study, variants, *splits)):
             parts.append(f"## {detector}, mean of both splits\n\n{differences}")
         if shares := _shares(plan, variants):
