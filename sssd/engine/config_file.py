@@ -19,7 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from ..config import add_sssd_config
 from ..data import register_coco_datasets
 
-__all__ = ["ConfigError", "default_config", "flat_keys", "load_config", "load_lazy_config"]
+__all__ = [
+    "ConfigError",
+    "default_config",
+    "flat_keys",
+    "load_config",
+    "load_lazy_config",
+    "read_keys",
+]
 
 
 class ConfigError(ValueError):
@@ -62,6 +69,21 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         )
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def read_keys(config_file: str) -> dict[str, Any]:
+    """The keys that a config file (safe YAML) and its bases set, without anybody's defaults.
+
+    Args:
+        config_file: path.
+
+    Raises:
+        ConfigError: the file is no YAML of plain values.
+        OSError: it, or a base of it, cannot be read.
+    """
+    with PathManager.open(config_file) as file, _errors_of(f"The config {config_file}"):
+        _read_yaml(file, yaml.SafeLoader)
+        return CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
 
 
 def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 
 from ..engine.config_check import check_values
-from ..engine.config_file import load_config
+from ..engine.config_file import load_config, read_keys
 from ..engine.signals import REASON, STATUS
 from ..visualization import read_metrics
 from .plan import Plan, Training
@@ -116,7 +115,8 @@ def train(
         TrainingFailed: it has ended with an error.
         TrainingStopped: it was told to end.
     """
-    _keep_only_what_continues(output, training)
+    settings = _settings(training)  # of now: the config may be edited while it runs
+    _keep_only_what_continues(output, settings)
     labelenc = _config(training).MODEL.SSSD.TEACHER.NAME == "label_map"
     script = tools / ("train_labelenc.py" if labelenc else "train_net.py")
     command = [
@@ -138,7 +138,7 @@ def train(
             f"{training.name} has failed ({lines[-1] if lines else f'status {status}'}); "
             f"see {output / 'console.txt'}"
         )
-    return _keep(plan, training, folder, output, "step2" if labelenc else "")
+    return _keep(plan, training, settings, folder, output, "step2" if labelenc else "")
 
 
 def _config(training: Training) -> CfgNode:
@@ -155,33 +155,35 @@ def _settings(training: Training) -> dict[str, Any]:
     settings = {"config": training.config, "options": [_as_option(x) for x in training.options]}
     if os.path.isfile(training.config):
         # The keys that it and its bases set, whatever their comments.
-        try:
-            keys = CfgNode.load_yaml_with_base(training.config, allow_unsafe=False)
-        except (yaml.YAMLError, AttributeError, OSError, TypeError):
-            load_config(training.config)  # says in a sentence what is wrong with it
-            raise
-        text = json.dumps(keys, sort_keys=True, default=str)
+        text = json.dumps(read_keys(training.config), sort_keys=True, default=str)
         settings["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return settings
 
 
-def _keep_only_what_continues(output: Path, training: Training) -> None:
+def _keep_only_what_continues(output: Path, settings: Mapping[str, Any]) -> None:
     """Of a run with other settings nothing is gone on with."""
     identity = output / _IDENTITY
-    wanted = str(_settings(training))
+    wanted = str(settings)
     if output.is_dir() and not (identity.is_file() and identity.read_text() == wanted):
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     identity.write_text(wanted)
 
 
-def _keep(plan: Plan, training: Training, folder: Path, output: Path, step: str) -> dict[str, Any]:
+def _keep(
+    plan: Plan,
+    training: Training,
+    settings: Mapping[str, Any],
+    folder: Path,
+    output: Path,
+    step: str,
+) -> dict[str, Any]:
     metrics = read_metrics(output / step / "metrics.json")
     record = {
         "detector": training.detector,
         "variant": training.variant,
         "seed": training.seed,
-        "settings": _settings(training),
+        "settings": settings,
         **{
             split: final_figures(metrics, name, alone=not plan.test)
             for split, name in (("validation", plan.validation), ("test", plan.test))

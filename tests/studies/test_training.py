@@ -113,12 +113,32 @@ def test_a_run_of_a_config_that_was_edited_is_another_run(tmp_path):
     assert read_record(tmp_path, training) is not None  # only its words are others
     base.write_text("SOLVER: {MAX_ITER: 5, BASE_LR: 0.2}\n")
     assert read_record(tmp_path, training) is None
-    for broken in ("SOLVER: {", "_BASE_: other.yaml"):
+    for broken in ("SOLVER: {", "- SOLVER", "_BASE_: other.yaml"):
         config.write_text(broken)
         with pytest.raises((ConfigError, OSError), match=r"(fcos|other).yaml"):
             read_record(tmp_path, training)
     config.unlink()
     assert read_record(tmp_path, training) is not None  # the results alone, without the project
+
+
+def test_a_config_that_is_edited_while_it_trains_is_not_that_of_the_record(plan, tmp_path):
+    config, output = tmp_path / "fcos.yaml", tmp_path / "scratch"
+    config.write_text("SOLVER: {MAX_ITER: 6}\n")
+    training = Training("fcos", "plain", "", 1, str(config), ())
+
+    class Edited:
+        """Processes in which somebody edits the config of a training."""
+
+        def run(self, command, **options):
+            (output / "metrics.json").write_text('{"iteration": 5, "total_loss": 1.0}\n')
+            (output / "log.txt").write_text("")
+            config.write_text("SOLVER: {MAX_ITER: 7}\n")
+            return 0
+
+    train(plan, training, tmp_path, output, TOOLS, PLACE, Edited())
+    assert read_record(tmp_path, training) is None
+    config.write_text("SOLVER: {MAX_ITER: 6}\n")
+    assert read_record(tmp_path, training) is not None
 
 
 def test_a_record_from_before_there_were_digests_counts(plan, tmp_path):
