@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from ..engine.config_file import load_config
 from ..engine.stages import plan_stages
 from .plan_file import read_plan
-from .records import read_json
+from .records import config_digest, read_json, same_settings
 
 __all__ = [
     "Plan",
@@ -77,6 +77,15 @@ class Run:
         kind = f"seed{self.seed}" if self.trial is None else f"trial{self.trial}"
         return f"{self.data}/{self.method.name}/{kind}"
 
+    @property
+    def config(self) -> str:
+        """Path of the file that its config begins with."""
+        return self.method.config.format(data=self.data)
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from a run that only has its name."""
+        return {"options": dict(self.options), **config_digest(self.config)}
+
 
 def load_plan(path: str | Path) -> Plan:
     """Reads a plan.
@@ -119,7 +128,7 @@ def load_plan(path: str | Path) -> Plan:
 
 def has_teacher(run: Run) -> bool:
     """Whether the config of a run has a teacher that is trained before."""
-    cfg = load_config(run.method.config.format(data=run.data), list(run.method.opts))
+    cfg = load_config(run.config, list(run.method.opts))
     return bool(cfg.MODEL.SSSD.CLASSIFIER.TEACHER.NETWORK)
 
 
@@ -133,7 +142,7 @@ def run_config(plan: Plan, run: Run, output: Path, teacher: Path | None) -> CfgN
     Raises:
         ValueError: an option names a term that the config does not have.
     """
-    cfg = load_config(run.method.config.format(data=run.data), list(run.method.opts))
+    cfg = load_config(run.config, list(run.method.opts))
     keys = cfg.MODEL.SSSD.CLASSIFIER
     for name, value in run.options.items():
         if name[0].isupper():
@@ -173,7 +182,7 @@ def best_trial(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str
 def read_record(folder: Path, run: Run) -> dict[str, Any] | None:
     """What is kept of a run that is complete; None if its settings were others."""
     record = read_json(folder / run.name)
-    return record if record is not None and record["options"] == dict(run.options) else None
+    return record if record is not None and same_settings(record, run.settings()) else None
 
 
 def final_options(plan: Plan, folder: Path, method: Method, data: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
         The record: settings, accuracies in percent by split, seconds, commit.
     """
     output = scratch / run.name
+    settings = run.settings()  # of now: the config may be edited while it runs
     teacher = scratch / run.data / TEACHER / f"seed{run.seed}" / _WEIGHTS
     cfg = run_config(plan, run, output, teacher)
     _prepare(output, cfg)
@@ -48,7 +49,7 @@ def execute(plan: Plan, run: Run, records: Path, scratch: Path) -> dict[str, Any
         "method": run.method.name,
         "data": run.data,
         "seed": run.seed,
-        "options": dict(run.options),
+        **settings,
         **_by_split(cfg, last),
         "stages": {name: _by_split(cfg, value) for name, value in results.items()},
         "iterations": cfg.SOLVER.MAX_ITER,

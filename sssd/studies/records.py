@@ -1,6 +1,7 @@
 """What is kept of a run: a record of its figures, and everything it has logged."""
 
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -10,10 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..engine.config_file import read_keys
 from ..engine.files import write_whole
 from ..visualization import read_metrics
 
-__all__ = ["commit", "public_log", "read_json", "read_metrics_of", "write_record"]
+__all__ = [
+    "commit",
+    "config_digest",
+    "public_log",
+    "read_json",
+    "read_metrics_of",
+    "same_settings",
+    "write_record",
+]
 
 
 def write_record(path: Path, record: dict[str, Any], metrics: Any, log: str = "") -> None:
@@ -45,6 +55,31 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_metrics_of(path: Path) -> Any:
     """What :func:`write_record` was given as metrics."""
     return read_metrics(path.with_name(f"{path.name}_metrics.json.gz"))
+
+
+def config_digest(config_file: str) -> dict[str, str]:
+    """What tells a run from one whose config was edited since.
+
+    Args:
+        config_file: path.
+
+    Returns:
+        "digest": of the keys that the file and its bases set, whatever their comments. Empty where
+        there is no such file: the results of a plan can be read without the project.
+
+    Raises:
+        ConfigError, OSError: the file or a base of it cannot be read.
+    """
+    if not os.path.isfile(config_file):
+        return {}
+    text = json.dumps(read_keys(config_file), sort_keys=True, default=str)
+    return {"digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def same_settings(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether those of a record are the wanted ones, wherever both have a value: the first records
+    have no digest, nor has a run whose config is not at hand."""
+    return all(kept[key] == wanted[key] for key in kept.keys() & wanted.keys())
 
 
 def public_log(path: Path, places: Mapping[str, str | Path]) -> str:

@@ -1,7 +1,5 @@
 """One run of a plan, in a process of its own, and its record."""
 
-import hashlib
-import json
 import os
 import shutil
 import signal
@@ -17,11 +15,11 @@ import torch
 from detectron2.config import CfgNode
 
 from ..engine.config_check import check_values
-from ..engine.config_file import load_config, read_keys
+from ..engine.config_file import load_config
 from ..engine.signals import REASON, STATUS
 from ..visualization import read_metrics
 from .plan import Plan, Training
-from .records import commit, public_log, read_json, write_record
+from .records import commit, config_digest, public_log, read_json, same_settings, write_record
 
 __all__ = ["Processes", "TrainingFailed", "TrainingStopped", "check", "read_record", "train"]
 
@@ -81,11 +79,9 @@ def read_record(folder: Path, training: Training) -> dict[str, Any] | None:
         folder: of the plan.
     """
     record = read_json(folder / training.name)
-    if record is None:
+    if record is None or not same_settings(record["settings"], _settings(training)):
         return None
-    kept, wanted = record["settings"], _settings(training)
-    # The first records have no digest, nor has a run whose config is not at hand.
-    return record if all(kept[k] == wanted[k] for k in kept.keys() & wanted.keys()) else None
+    return record
 
 
 def train(
@@ -152,12 +148,8 @@ def _as_option(value: Any) -> Any:
 
 def _settings(training: Training) -> dict[str, Any]:
     """What tells a run from one that only has its name."""
-    settings = {"config": training.config, "options": [_as_option(x) for x in training.options]}
-    if os.path.isfile(training.config):
-        # The keys that it and its bases set, whatever their comments.
-        text = json.dumps(read_keys(training.config), sort_keys=True, default=str)
-        settings["digest"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return settings
+    options = [_as_option(x) for x in training.options]
+    return {"config": training.config, "options": options, **config_digest(training.config)}
 
 
 def _keep_only_what_continues(output: Path, settings: Mapping[str, Any]) -> None:

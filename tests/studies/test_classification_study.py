@@ -55,7 +55,7 @@ def write(folder, run, accuracy):
     path = folder / f"{run.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = {"classification/top1": accuracy}
-    path.write_text(json.dumps({"validation": figures, "options": dict(run.options)}))
+    path.write_text(json.dumps({"validation": figures, **run.settings()}))
 
 
 def test_the_best_trials_settings_and_everybodys_reach_the_final_runs(plan, tmp_path):
@@ -148,6 +148,10 @@ def test_a_run_leaves_its_record_its_metrics_and_its_last_weights(tmp_path):
     assert record["test"] == record["stages"]["ensemble"]["test"]
     assert {"ensemble/top1", "ensemble_with_first/top1"} < set(record["test"])
     assert record["options"] == {"kd.weight": 0.5}
+    assert read_record(tmp_path / "records", run) == record
+    config = folder / "born_again_cifar_resnet8_digits.yaml"
+    config.write_text(config.read_text().replace("WARMUP_ITERS: 0", "WARMUP_ITERS: 1"))
+    assert read_record(tmp_path / "records", run) is None  # its config was edited since
     metrics = json.loads(gzip.decompress((stored / "seed1_metrics.json.gz").read_bytes()))
     assert set(metrics) == {"generation0", "generation1"}
     assert metrics["generation1"][-1]["digits_test/classification/top1"] == pytest.approx(
