@@ -64,7 +64,7 @@ def _draw_seeds(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
             axis.plot([mean, mean], [row - 0.35, row + 0.35], color=color, linewidth=2)
         axis.set_yticks(range(len(variants)), [variant.name for variant in variants])
         axis.invert_yaxis()
-        axis.set_xlabel(f"{plan.metric} on {plan.validation}")
+        axis.set_xlabel(f"{plan.judged},\non {plan.validation}")
     return _save(figure, path)
 
 
@@ -85,7 +85,7 @@ def _draw_curves(path: Path, plan: Plan, study: Study, found: Mapping[str, list[
             high = [m + h for m, h in zip(mean, half, strict=True)]
             axis.fill_between(iterations, low, high, color=color, alpha=0.12, linewidth=0)
         axis.set_xlabel("iteration")
-        axis.set_ylabel(f"{plan.metric} on {plan.validation}")
+        axis.set_ylabel(f"{plan.judged},\non {plan.validation}")
         axis.legend(fontsize=8)
     return _save(figure, path)
 
@@ -117,7 +117,7 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
             mean = statistics.mean(variant.figures(plan.metric, "validation").values())
             above.axhline(mean, linestyle=":", color="black", label=variant.name)
         above.set_title(detector)
-        above.set_ylabel(f"{plan.metric} on {plan.validation}")
+        above.set_ylabel(f"{plan.judged},\non {plan.validation}")
         below.set_ylabel("share of the distillation, %")
         below.set_ylim(0, 100)
         below.set_xlabel(study.sweep.rpartition("SSSD.")[2])

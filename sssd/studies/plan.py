@@ -84,6 +84,12 @@ class Plan:
     early: int
     studies: tuple[Study, ...]
 
+    @property
+    def judged(self) -> str:
+        """The metric in words, such as "bbox AP of the averaged weights"."""
+        averaged = " of the averaged weights" if self.metric.startswith("averaged/") else ""
+        return self.metric.removeprefix("averaged/").replace("/", " ") + averaged
+
     def trainings(self, names: Iterable[str] = ()) -> list[Training]:
         """Those of some studies (all, without a name), each once, the first needed first."""
         chosen = self.chosen(names)

@@ -98,6 +98,7 @@ def study_tables(plan: Plan, study: Study, found: Mapping[str, Sequence[Variant]
     done = sum(len(variant.records) for variants in found.values() for variant in variants)
     missing = len(study.trainings) - done
     note = f"**{missing} of {len(study.trainings)} runs are still missing.**\n\n" if missing else ""
+    note += f"Mean ± standard deviation over seeds: {plan.judged}, and what it is made of.\n\n"
     return f"# {study.title}\n\n{note}" + "\n".join(parts)
 
 
@@ -132,7 +133,7 @@ def _differences(plan: Plan, study: Study, variants: Sequence[Variant], *splits:
         )
     if not rows:
         return ""
-    header = [f"{plan.metric}, difference to {base.name}", "seeds of both", "95 %, Student's t",
+    header = [f"{plan.judged}, difference to {base.name}", "seeds of both", "95 %, Student's t",
               "95 %, bootstrap"]  # fmt: skip
     return markdown_table(header, rows)
 

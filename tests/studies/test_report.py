@@ -49,6 +49,8 @@ def test_differences_are_of_the_judged_figure_and_paired_by_seed(tmp_path):
     text = write_studies(plan, tmp_path)
     assert (tmp_path / "study.md").read_text() == text
     assert "**1 of 9 runs are still missing.**" in text
+    assert "over seeds: bbox AP of the averaged weights" in text
+    assert "| bbox AP of the averaged weights, difference to plain | seeds" in text
     assert "| lgd | 3 | 43.00 ± 1.73 |" in text  # 31, 34, 34 of the averaged weights: ten more
     assert "| lgd | 3 | 38.00 ± 1.73 |" in text  # on test, five less
     # Differences 1, 2, 3: mean 2, 4.3027 / sqrt(3) on each side.
