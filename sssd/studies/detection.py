@@ -10,10 +10,11 @@ from typing import Any
 
 from ..engine.signals import STATUS, limit_time
 from .figures import draw_study
-from .plan import Plan, Training
+from .plan import VARIATION, Plan, Training
 from .progress import complete
 from .report import study_tables, variants_of
 from .training import Processes, TrainingFailed, TrainingStopped, check, read_record, train
+from .variation import variation_text
 
 __all__ = ["run_studies", "write_studies"]
 
@@ -92,7 +93,11 @@ def run_studies(
 
 
 def write_studies(plan: Plan, folder: Path, names: Sequence[str] = ()) -> str:
-    """Writes ``<study>.md`` and its pictures beside the plan; returns all of the tables."""
+    """Writes tables and pictures beside the plan; returns the tables.
+
+    These are ``<study>.md`` of the studies named (of all, without a name), and ``variation.md`` of
+    the whole plan.
+    """
     texts = []
     for study in plan.chosen(names):
         found = variants_of(plan, study, folder)
@@ -102,5 +107,8 @@ def write_studies(plan: Plan, folder: Path, names: Sequence[str] = ()) -> str:
         pictures = [f"![{path.stem}]({path.name})\n" for path in drawn]
         text = "\n".join([study_tables(plan, study, found), *pictures])
         (folder / f"{study.name}.md").write_text(text)
+        texts.append(text)
+    if text := variation_text(plan, folder):
+        (folder / f"{VARIATION}.md").write_text(text)
         texts.append(text)
     return "\n".join(texts)

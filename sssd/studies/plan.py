@@ -10,7 +10,10 @@ from typing import Any
 
 from .plan_file import read_plan
 
-__all__ = ["Plan", "Study", "Training", "load_plan"]
+__all__ = ["VARIATION", "Plan", "Study", "Training", "load_plan"]
+
+# Of the file beside those of the studies.
+VARIATION = "variation"
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ def load_plan(path: str | Path) -> Plan:
 
 def _study(content: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> Study:
     where = f"the study {name!r}"
+    if name == VARIATION:
+        raise ValueError(f"{where} needs another name: {name}.md tells what runs vary by.")
     _check_keys(entry, "study", where)
     sweep = entry.get("sweep") or {}
     if sweep and set(sweep) != {"key", "values"}:

@@ -128,6 +128,7 @@ def test_a_training_of_two_studies_is_made_once(tmp_path):
         ({"studies__all__detectors": ["yolo"]}, "names 'yolo', which is none of the detectors"),
         ({"studies__methods__baseline": "lgd"}, "the baseline 'lgd' of .* none of its own: plain"),
         ({"studies__coefficient__sweep": {"key": "A"}}, "needs the keys 'key' and 'values'"),
+        ({"studies__variation": {"methods": ["plain"]}}, "'variation' needs another name"),
         ({"studies": [1]}, "has another form than it should"),
     ],
 )

@@ -10,6 +10,7 @@ from sssd.studies.plan import load_plan
 from sssd.studies.records import write_record
 from sssd.studies.tables import bootstrap_interval
 from sssd.studies.training import _settings
+from sssd.studies.variation import pairs_needed, pooled_deviations
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -47,7 +48,7 @@ def test_differences_are_of_the_judged_figure_and_paired_by_seed(tmp_path):
         if training.seed <= len(of_method):
             write(tmp_path, training, of_method[training.seed - 1])
     text = write_studies(plan, tmp_path)
-    assert (tmp_path / "study.md").read_text() == text
+    assert text.startswith((tmp_path / "study.md").read_text())
     assert "**1 of 9 runs are still missing.**" in text
     assert "over seeds: bbox AP of the averaged weights" in text
     assert "| bbox AP of the averaged weights, difference to plain | seeds" in text
@@ -146,3 +147,34 @@ def test_a_setting_of_a_sweep_can_be_the_baseline(tmp_path):
     text = write_studies(plan, tmp_path)
     assert "difference to lgd @ 10 |" in text
     assert "| lgd @ 50 | 3 | +40.00 ± 0.00 | +40.00 to +40.00 |" in text
+
+
+def test_what_runs_vary_by_is_pooled_over_the_variants(tmp_path):
+    plan = plan_of(tmp_path, {"methods": ["plain", "lgd", "sssd"], "test": True})
+    # Squares around the means, on both splits: 2 and 8 of one degree of freedom, 2 and 2 of two.
+    values = {"plain": [(30, 20), (32, 24)], "lgd": [(31, 21), (31, 22), (31 + 3**0.5, 23)]}
+    for training in plan.trainings():
+        if training.seed <= len(values.get(training.method, ())):
+            validation, test = values[training.method][training.seed - 1]
+            write(tmp_path, training, validation, test=test)
+    text = write_studies(plan, tmp_path)
+    assert text.endswith((tmp_path / "variation.md").read_text())
+    (row,) = [line for line in text.splitlines() if line.startswith("| fcos | averaged weights")]
+    validation, test, both, correlation, freedom, pairs = row.split(" | ")[2:]
+    assert (validation, test, freedom) == ("1.15", "1.83", "3")  # roots of 4 / 3 and 10 / 3
+    assert pairs.rstrip(" |") == "13"
+    # Products on both splits: 4 and 3 ** 0.5; 3 degrees of freedom.
+    assert float(correlation) == pytest.approx((4 + 3**0.5) / (4 * 10) ** 0.5, abs=0.005)
+    assert float(both) == pytest.approx(((4 + 10 + 2 * (4 + 3**0.5)) / 12) ** 0.5, abs=0.005)
+
+
+def test_a_deviation_needs_two_figures_and_gives_the_pairs_that_a_difference_takes():
+    assert pooled_deviations([[1.0, 3.0], [2.0, 2.0, 5.0], [7.0]]) == (
+        pytest.approx(8**0.5 / 3**0.5),
+        3,
+    )
+    deviation, freedom = pooled_deviations([[1.0], []])
+    assert deviation != deviation and freedom == 0
+    # A difference with a deviation of 1: 2.571 / sqrt(6) is above 1, 2.447 / sqrt(7) below.
+    assert pairs_needed(0.5**0.5) == 7 and pairs_needed(0.5**0.5, half_width=2.0) == 4
+    assert pairs_needed(100.0) is None

@@ -4,6 +4,7 @@ import pytest
 
 from sssd.studies.plan import load_plan
 from sssd.studies.report import study_tables, variants_of
+from sssd.studies.variation import variation_text
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "docs/results/bccd"
@@ -20,3 +21,10 @@ def test_a_table_is_that_of_its_records(study):
     assert pictures
     for picture in pictures:
         assert (FOLDER / picture.rpartition("(")[2].rstrip(")")).is_file()
+
+
+def test_what_runs_vary_by_is_that_of_the_records():
+    text = (FOLDER / "variation.md").read_text()
+    assert text == variation_text(PLAN, FOLDER), (
+        "tools/compare.py docs/results/bccd/plan.yaml --tables"
+    )
