@@ -6,8 +6,8 @@
 
 Takes --batches batches of the training, and prints, for the backbone and for the pyramid, the
 cosine between the gradients of the two and the ratio of their norms, with the coefficient of
---iteration (the last one); and, to set the size of a cosine, that between the detection losses of
-one batch and of the next.
+--iteration (the last one); to set the size of a cosine, that between the detection losses of two
+batches; and the cosine of the two expected gradients, which is without the noise of batches.
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)

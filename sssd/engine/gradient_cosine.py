@@ -1,7 +1,7 @@
 """Whether distillation pulls the student where its detection losses pull it, or elsewhere."""
 
 import itertools
-import statistics
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,38 +14,89 @@ from ..meta_arch import SelfDistiller
 
 __all__ = ["Agreement", "gradient_agreement"]
 
+# N: batches.
+
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the two gradients of a part of the student, by batch.
+    """Inner products of the two gradients of a part of the student, of every batch with every one.
 
-    The gradient of a batch is a sample: even the detection losses agree with themselves no further
-    than from one batch to the next.
+    The gradient of a batch is a sample, and mostly noise: even the detection losses of two batches
+    hardly agree. Products of two different batches have no noise in common, though, so that their
+    means are those of the expected gradients, which are what a training follows in the end.
 
     Attributes:
-        cosine: between them: 1 where distillation pulls as the detection losses do, 0 where it
-            has nothing to do with them, below 0 where it pulls against them.
-        ratio: norm of distillation's gradient to that of the detection losses'.
-        next_batch: cosine between the detection losses' gradients of a batch and of the one before
-            it; one value fewer.
+        detection: (N, N), of the detection losses' gradients.
+        distillation: (N, N), of the distillation term's.
+        between: (N, N), of detection (rows) and distillation (columns).
     """
 
-    cosine: list[float]
-    ratio: list[float]
-    next_batch: list[float]
+    detection: Tensor
+    distillation: Tensor
+    between: Tensor
+
+    @property
+    def cosine(self) -> Tensor:
+        """(N,), of the two in the same batch: 1 where distillation pulls as the detection losses
+        do, 0 where it has nothing to do with them, below 0 where it pulls against them."""
+        product = self.detection.diagonal() * self.distillation.diagonal()
+        return self.between.diagonal() / product.sqrt().clamp(min=1e-20)
+
+    @property
+    def ratio(self) -> Tensor:
+        """(N,), norm of distillation's gradient to that of the detection losses'."""
+        lengths = self.detection.diagonal().sqrt().clamp(min=1e-20)
+        return self.distillation.diagonal().sqrt() / lengths
+
+    @property
+    def two_batches(self) -> Tensor:
+        """(N (N - 1) / 2,), cosine between the detection losses' gradients of two batches."""
+        lengths = self.detection.diagonal().sqrt()
+        cosines = self.detection / torch.outer(lengths, lengths).clamp(min=1e-20)
+        return cosines[tuple(torch.triu_indices(*cosines.shape, offset=1))]
+
+    @property
+    def expected(self) -> tuple[float, float]:
+        """Cosine of the two expected gradients, and its standard error (the jackknife's).
+
+        NaN where the batches do not suffice to tell an expected gradient from none.
+        """
+        count = len(self.detection)
+        everything = list(range(count))
+        if count < 3:  # without one of two there is no pair
+            return math.nan, math.nan
+        left_out = [self._expected(everything[:i] + everything[i + 1 :]) for i in everything]
+        mean = math.fsum(left_out) / count
+        squares = math.fsum((value - mean) ** 2 for value in left_out)
+        return self._expected(everything), math.sqrt(squares * (count - 1) / count)
+
+    def _expected(self, batches: Sequence[int]) -> float:
+        # Each is the sum over pairs of different batches.
+        detection, distillation, between = (
+            float(p[batches][:, batches].sum() - p.diagonal()[batches].sum())
+            for p in (self.detection, self.distillation, self.between)
+        )
+        if min(detection, distillation) <= 0:
+            return math.nan
+        return between / math.sqrt(detection * distillation)
 
     def summary(self) -> str:
-        """Means and, over several batches, standard deviations."""
+        """Means and standard deviations; of the expected gradients, with the standard error."""
         named = {
             "cosine": self.cosine,
             "ratio of norms": self.ratio,
-            "detection losses of two batches: cosine": self.next_batch,
+            "detection losses of two batches: cosine": self.two_batches,
         }
         texts = []
         for name, values in named.items():
-            if values:
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                texts.append(f"{name} {statistics.mean(values):.3f}{spread}")
+            if len(values):
+                spread = f" ± {values.std():.3f}" if len(values) > 1 else ""
+                texts.append(f"{name} {values.mean():.3f}{spread}")
+        cosine, error = self.expected
+        told = "hidden by the noise of so few batches"
+        if math.isfinite(error):
+            told = f"cosine {cosine:.2f} ± {error:.2f}"
+        texts.append(f"expected gradients: {told}")
         return ", ".join(texts)
 
 
@@ -58,7 +109,9 @@ def gradient_agreement(
 ) -> dict[str, Agreement]:
     """Compares the gradients of the student's own detection losses and of the distillation term.
 
-    The model computes as in training, but nothing of it changes, running statistics apart.
+    The model computes as in training, but nothing of it changes, running statistics apart. The
+    gradients of all batches are kept in the memory of the host: eight bytes for each parameter of
+    the backbone and batch.
 
     Args:
         model: whose teacher has been trained.
@@ -84,37 +137,37 @@ def gradient_agreement(
         "pyramid": [i for i, p in enumerate(trained) if id(p) not in below],
     }
     parts = {name: members for name, members in parts.items() if members}
-    found = {name: Agreement([], [], []) for name in parts}
-    before: dict[str, Tensor] = {}
+    detection: dict[str, list[Tensor]] = {name: [] for name in parts}
+    distillation: dict[str, list[Tensor]] = {name: [] for name in parts}
     was_training = model.training
     model.train()
     for batch in itertools.islice(batches, count):
         with EventStorage(iteration):
             losses = model(batch)
         own = [x for name, x in losses.items() if not name.startswith(("teacher_", "loss_distill"))]
-        detection = _gradient(sum(own), trained)
-        distillation = _gradient(losses["loss_distill"], trained)
-        for name, members in parts.items():
-            ours, theirs = (torch.cat([g[i] for i in members]) for g in (detection, distillation))
-            found[name].cosine.append(_cosine(ours, theirs))
-            found[name].ratio.append(float(theirs.norm() / ours.norm().clamp(min=1e-20)))
-            if name in before:
-                found[name].next_batch.append(_cosine(ours, before[name]))
-            before[name] = ours
+        for loss, kept in ((sum(own), detection), (losses["loss_distill"], distillation)):
+            gradient = _gradient(loss, trained)
+            for name, members in parts.items():
+                kept[name].append(torch.cat([gradient[i] for i in members]))
     model.train(was_training)
-    return found
+    return {
+        name: Agreement(
+            _products(detection[name], detection[name]),
+            _products(distillation[name], distillation[name]),
+            _products(detection[name], distillation[name]),
+        )
+        for name in parts
+    }
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-20))
+def _products(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([[float(a @ b) for b in columns] for a in rows], dtype=torch.float64)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Flat, float64, zeros where the loss does not reach."""
+    """Flat, float32, on the CPU; zeros where the loss does not reach."""
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return [
-        torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
-        if g is None
-        else g.flatten().double()
+        torch.zeros(p.numel()) if g is None else g.flatten().float().cpu()
         for g, p in zip(found, parameters, strict=True)
     ]

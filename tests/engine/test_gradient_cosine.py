@@ -1,5 +1,7 @@
 """Cosine and ratio of the gradients of detection losses and distillation."""
 
+import math
+
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -37,25 +39,59 @@ class Fixed(torch.nn.Module):
 
 
 def test_cosine_and_ratio_are_those_of_the_two_gradients():
-    found = gradient_agreement(Fixed(), [None, None, None], count=2, iteration=4)
+    found = gradient_agreement(Fixed(), [None] * 4, count=3, iteration=4)
     # below the pyramid: (2, 0) and (0, 4); above: (3, 0) and (-3, -3)
-    assert found["bottom_up"] == Agreement([0.0, 0.0], [2.0, 2.0], [1.0])
-    assert found["pyramid"].cosine == pytest.approx([-(2**-0.5)] * 2)
-    assert found["pyramid"].ratio == pytest.approx([2**0.5] * 2)
-    assert found["bottom_up"].summary() == (
-        "cosine 0.000 ± 0.000, ratio of norms 2.000 ± 0.000, "
-        "detection losses of two batches: cosine 1.000"
+    assert found["bottom_up"].cosine.tolist() == [0.0] * 3
+    assert found["bottom_up"].ratio.tolist() == [2.0] * 3
+    assert found["bottom_up"].two_batches.tolist() == [1.0] * 3
+    assert found["pyramid"].cosine.tolist() == pytest.approx([-(2**-0.5)] * 3)
+    assert found["pyramid"].ratio.tolist() == pytest.approx([2**0.5] * 3)
+    assert found["pyramid"].summary() == (
+        "cosine -0.707 ± 0.000, ratio of norms 1.414 ± 0.000, "
+        "detection losses of two batches: cosine 1.000 ± 0.000, "
+        "expected gradients: cosine -0.71 ± 0.00"
     )
     with pytest.raises(ValueError, match="In iteration 5 the distance does not train the student"):
         gradient_agreement(Fixed(), [None], count=1, iteration=5)
 
 
-def test_detection_losses_are_compared_with_those_of_the_batch_before():
+def test_detection_losses_of_every_two_batches_are_compared():
     # Below the pyramid: (2, 0), (1, 1), (1, 1).
     found = gradient_agreement(Fixed(), [None, [0.0, 1.0], [0.0, 1.0]], count=3, iteration=4)
-    assert found["bottom_up"].next_batch == pytest.approx([2**-0.5, 1.0])
+    assert found["bottom_up"].two_batches.tolist() == pytest.approx([2**-0.5, 2**-0.5, 1.0])
     alone = gradient_agreement(Fixed(), [None], count=1, iteration=4)["pyramid"]
-    assert alone.next_batch == [] and "two batches" not in alone.summary()
+    assert not len(alone.two_batches) and "two batches" not in alone.summary()
+    assert "expected gradients: hidden by the noise of so few batches" in alone.summary()
+
+
+def of(detection, distillation):
+    d, s = torch.tensor(detection).double(), torch.tensor(distillation).double()
+    return Agreement(d @ d.T, s @ s.T, d @ s.T)
+
+
+def test_the_cosine_of_expected_gradients_is_without_the_noise_of_a_batch():
+    # Detection (4, 0) and (0, 4), whose mean is (2, 2); its squared length by products of
+    # different batches is 0: two batches that say nothing of each other tell of no direction.
+    assert math.isnan(of([[4.0, 0.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]).expected[0])
+    # Sums over the six ordered pairs of different batches: detection 2 (3 + 3 + 9), distillation 6,
+    # between 2 + 6 + 6.
+    cosine, error = of([[1.0, 0.0], [3.0, 0.0], [3.0, 5.0]], [[1.0, 0.0]] * 3).expected
+    assert cosine == pytest.approx(14 / (30 * 6) ** 0.5)
+    # The same of two batches, without the first, the second, the third.
+    left_out = [6 / (18 * 2) ** 0.5, 4 / (6 * 2) ** 0.5, 4 / (6 * 2) ** 0.5]
+    mean = sum(left_out) / 3
+    assert error == pytest.approx((2 / 3 * sum((x - mean) ** 2 for x in left_out)) ** 0.5)
+
+
+def test_noise_hides_a_common_direction_in_a_batch_but_not_over_many():
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.zeros(1000)
+    direction[0] = 1.0
+    noisy = [direction + torch.randn(40, 1000, generator=generator) / 5 for _ in range(2)]
+    agreement = of(noisy[0].tolist(), noisy[1].tolist())
+    assert agreement.cosine.mean() < 0.1 and agreement.two_batches.mean() < 0.1
+    cosine, error = agreement.expected
+    assert abs(cosine - 1) < 3 * error < 0.5
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet"])
