@@ -9,7 +9,8 @@ The flags, and what a config holds (model, dataloader, optimizer, lr_multiplier,
 of Detectron2's script of the same name. For LabelEnc's second step, train.first_step names the
 checkpoint of the first. train.amp.precision may be "bfloat16"; with train.batch_parts k, the
 gradients of k batches of the loader make one update; up to train.max_skipped iterations that are
-not finite are skipped; train.averaging_decay averages the weights (as MODEL.SSSD.AVERAGING.DECAY).
+not finite are skipped; train.averaging_decay averages the weights (as MODEL.SSSD.AVERAGING.DECAY);
+train.clip_value clips gradients by value.
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
@@ -33,6 +34,7 @@ from sssd.engine import (
     TrainingStep,
     argument_parser,
     begin_output,
+    clip_gradients,
     describe_distillation,
     distributed,
     evaluate_with_average,
@@ -61,6 +63,8 @@ def do_train(args: argparse.Namespace, cfg: DictConfig) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    if cfg.train.get("clip_value"):
+        clip_gradients(optimizer, cfg.train.clip_value)
     if isinstance(model, SelfDistiller):
         hold_frozen_parameters(optimizer, model)
         logging.getLogger("detectron2").info(describe_distillation(model))

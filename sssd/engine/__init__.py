@@ -10,7 +10,12 @@ from .config_file import ConfigError, load_config, load_lazy_config
 from .export import export_student
 from .hooks import BestCheckpointer, DistillationMetrics
 from .labelenc import initialise_second_step, labelenc_step
-from .optimizer import build_optimizer, hold_frozen_parameters, optimizer_params
+from .optimizer import (
+    build_optimizer,
+    clip_gradients,
+    hold_frozen_parameters,
+    optimizer_params,
+)
 from .output import begin_output
 from .processes import distributed
 from .scripts import argument_parser, launch_script, user_errors
@@ -35,6 +40,7 @@ __all__ = [
     "argument_parser",
     "begin_output",
     "build_optimizer",
+    "clip_gradients",
     "describe_distillation",
     "distributed",
     "evaluate_with_average",

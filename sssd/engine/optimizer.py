@@ -11,7 +11,7 @@ from torch import nn
 
 from ..meta_arch import SelfDistiller
 
-__all__ = ["build_optimizer", "hold_frozen_parameters", "optimizer_params"]
+__all__ = ["build_optimizer", "clip_gradients", "hold_frozen_parameters", "optimizer_params"]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -55,6 +55,26 @@ def optimizer_params(
         *get_default_optimizer_params(_student_side(model), **kwargs),
         *get_default_optimizer_params(model.teacher, **{**kwargs, **(teacher or {})}),
     ]
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Clips each element of the gradients before a step, as SOLVER.CLIP_GRADIENTS by value does.
+
+    Args:
+        optimizer: of a LazyConfig or a training loop of one's own.
+        value: the largest absolute value that stays.
+
+    Raises:
+        ValueError: the value is not positive.
+    """
+    if value <= 0:
+        raise ValueError(f"Gradients are clipped at {value}: give a positive value, or none.")
+
+    def clip(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_value_(parameters, value)
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def _student_side(model: SelfDistiller) -> nn.Module:

@@ -5,7 +5,12 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.solver import build_optimizer as build_stock_optimizer
 from detectron2.utils.events import EventStorage
 
-from sssd.engine import build_optimizer, optimizer_params
+from sssd.engine import (
+    build_optimizer,
+    clip_gradients,
+    hold_frozen_parameters,
+    optimizer_params,
+)
 from tests.detectors import build, losses_at, tiny_config
 
 OWN = ["MODEL.SSSD.SOLVER.TEACHER_BASE_LR", 0.5, "MODEL.SSSD.SOLVER.TEACHER_WEIGHT_DECAY", 0.25]
@@ -85,3 +90,33 @@ def test_the_teachers_gradients_have_no_part_in_clipping_the_students(clipping):
         for a, b in zip(steps[0].teacher.parameters(), steps[1].teacher.parameters(), strict=True)
     ]
     assert not all(moved)
+
+
+def test_gradients_are_clipped_as_the_yacs_optimizer_clips_them():
+    cfg = tiny_config(
+        "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5, "SOLVER.BASE_LR", 0.1,
+    )  # fmt: skip
+    model, twin = build(cfg), build(cfg)
+    for ours in (model, twin):
+        torch.manual_seed(0)
+        for parameter in ours.parameters():
+            torch.nn.init.normal_(parameter)
+    by_yacs = build_optimizer(cfg, model)
+    by_hand = torch.optim.SGD(
+        optimizer_params(twin, base_lr=0.1, weight_decay_norm=0.0),
+        lr=0.1, momentum=cfg.SOLVER.MOMENTUM, weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+    )  # fmt: skip
+    clip_gradients(by_hand, 0.5)
+    hold_frozen_parameters(by_hand, twin)
+    for iteration in range(2):
+        for ours, optimizer in ((model, by_yacs), (twin, by_hand)):
+            torch.manual_seed(iteration)
+            for parameter in ours.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            with EventStorage(iteration):
+                optimizer.step()
+    weights = [p for _, p in sorted(model.named_parameters())]
+    assert all(map(torch.equal, weights, [p for _, p in sorted(twin.named_parameters())]))
+    with pytest.raises(ValueError, match="clipped at 0: give a positive value"):
+        clip_gradients(by_hand, 0)

@@ -63,6 +63,9 @@ def test_every_recipe_builds_and_says_what_its_yacs_twin_says(path):
         assert distance.adapter[2].in_channels == (keys.DISTANCE.ADAPTER_DIM or width)
     assert type(student) is CLASSES[path.stem.split("_")[0]]
     assert (cfg.train.max_iter, cfg.optimizer.lr) == (yacs.SOLVER.MAX_ITER, yacs.SOLVER.BASE_LR)
+    clip = yacs.SOLVER.CLIP_GRADIENTS
+    assert cfg.train.get("clip_value") == (clip.CLIP_VALUE if clip.ENABLED else None)
+    assert not clip.ENABLED or clip.CLIP_TYPE == "value"
     assert cfg.train.init_checkpoint == yacs.MODEL.WEIGHTS
     assert cfg.dataloader.train.mapper.use_instance_mask == yacs.MODEL.MASK_ON
     multiplier = instantiate(cfg.lr_multiplier)

@@ -7,3 +7,4 @@ from ..common.schedules import train_2x as train
 
 model = lgd_stepwise(fcos, train.max_iter, [120000, 160000], detach_appearance=False)
 optimizer.lr = 0.01
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -6,3 +6,4 @@ from ..common.schedules import optimizer
 from ..common.schedules import train_1x as train
 
 model = sssd(faster_rcnn, train.max_iter, [60000, 80000])
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -7,3 +7,4 @@ from ..common.schedules import train_2x as train
 
 model = sssd(mask_rcnn, train.max_iter, [120000, 160000])
 dataloader.train.mapper.use_instance_mask = True
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -9,3 +9,4 @@ model = sssd(
     retinanet, train.max_iter, [120000, 160000], add_context_box=True, detach_appearance=False
 )
 optimizer.lr = 0.01
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

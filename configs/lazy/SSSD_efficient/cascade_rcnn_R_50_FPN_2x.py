@@ -11,3 +11,4 @@ model = sssd_efficient(
     [120000, 160000],
     activation_checkpoint=True,
 )
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -11,3 +11,4 @@ model = sssd_efficient(
     [60000, 80000],
     activation_checkpoint=True,
 )
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

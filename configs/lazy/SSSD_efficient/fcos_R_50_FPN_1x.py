@@ -7,3 +7,4 @@ from ..common.schedules import train_1x as train
 
 model = sssd_efficient(fcos, train.max_iter, [60000, 80000], detach_appearance=False)
 optimizer.lr = 0.01
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

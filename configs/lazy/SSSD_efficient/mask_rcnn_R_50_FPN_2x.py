@@ -12,3 +12,4 @@ model = sssd_efficient(
     activation_checkpoint=True,
 )
 dataloader.train.mapper.use_instance_mask = True
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -13,3 +13,4 @@ model = sssd_efficient(
     detach_appearance=False,
 )
 optimizer.lr = 0.01
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -6,3 +6,4 @@ from ..common.schedules import optimizer
 from ..common.schedules import train_2x as train
 
 model = sssd_fixed(faster_rcnn, train.max_iter, [120000, 160000])
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not

@@ -9,3 +9,4 @@ model = sssd_fixed(
     retinanet, train.max_iter, [60000, 80000], add_context_box=True, detach_appearance=False
 )
 optimizer.lr = 0.01
+train.clip_value = 1.0  # LGD clips gradients, plain Detectron2 does not
