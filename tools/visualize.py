@@ -60,8 +60,13 @@ def runs_of(paths: list[Path]) -> dict[str, list[dict[str, float]]]:
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
-    names = ["/".join(p[-depth:]) for p in parts]
-    return {name: read_metrics(file) for name, file in zip(names, files, strict=True)}
+    runs: dict[str, list[dict[str, float]]] = {}
+    for part, file in zip(parts, files, strict=True):
+        name, lines = "/".join(part[-depth:]), read_metrics(file)
+        # A comparison of classifiers keeps the stages of a run apart.
+        stages = lines if isinstance(lines, dict) else {"": lines}
+        runs |= {f"{name}/{stage}".rstrip("/"): logged for stage, logged in stages.items()}
+    return runs
 
 
 def report(args: argparse.Namespace) -> None:

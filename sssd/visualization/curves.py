@@ -1,9 +1,11 @@
 """Curves of one or more trainings, from what they have logged."""
 
 import gzip
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -39,65 +41,68 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 _KINDS = ("averaged", "teacher_with_ground_truth")
 
 
-def _sum_of(prefix: str) -> Callable[[Line], float | None]:
-    def total(line: Line) -> float | None:
+def _values(line: Line, keys: Mapping[str, str], factor: float = 1.0) -> dict[str, float]:
+    """Label -> value, of the keys that the line has."""
+    return {label: factor * line[key] for label, key in keys.items() if key in line}
+
+
+def _one(key: str, factor: float = 1.0) -> Callable[[Line], dict[str, float]]:
+    return lambda line: _values(line, {"": key}, factor)
+
+
+def _losses(line: Line) -> dict[str, float]:
+    values = {}
+    for label, prefix in (("student's pass", "loss_"), ("teacher's pass", "teacher_loss_")):
         parts = [v for k, v in line.items() if k.startswith(prefix) and "distill" not in k]
-        return sum(parts) if parts else None
-
-    return total
-
-
-def _value(key: str, factor: float = 1.0) -> Callable[[Line], float | None]:
-    return lambda line: factor * line[key] if key in line else None
+        if parts:
+            values[f"detection, {label}"] = sum(parts)
+    return values | _values(line, {"distillation, weighted": "loss_distill"})
 
 
-def _average_precision(of: str) -> Callable[[Line], float | None]:
-    """AP of the first dataset that was evaluated.
+def _figure(name: str, *kinds: str) -> Callable[[Line], dict[str, float]]:
+    """A figure of an evaluation, of each dataset and kind of weights on its own.
 
     Args:
-        of: "averaged" or "teacher_with_ground_truth", as the keys have it; "" for the weights.
+        name: such as "bbox/AP".
+        kinds: "averaged", "teacher_with_ground_truth", as the keys have it; "" for the weights.
     """
 
-    def first(line: Line) -> float | None:
+    def values(line: Line) -> dict[str, float]:
+        found = {}
         for key, value in line.items():
-            parts = key.split("/")
-            kinds = [part for part in parts if part in _KINDS]
-            if parts[-2:] == ["bbox", "AP"] and kinds == ([of] if of else []):
-                return value
-        return None
+            if key != name and not key.endswith(f"/{name}"):
+                continue
+            # "<dataset, if there are several>/<kind, unless it is the weights themselves>"
+            before = key.removesuffix(name).rstrip("/")
+            dataset, _, kind = before.rpartition("/") if "/" in before else ("", "", before)
+            if kind not in _KINDS:
+                dataset, kind = kind, ""
+            if kind in kinds:
+                weights = _WEIGHTS[kind] if len(kinds) > 1 else ""
+                found[", ".join(filter(None, (weights, dataset)))] = value
+        return found
 
-    return first
+    return values
 
 
-# Name -> title, and the curves of a run: label -> its value in a line of metrics.json (None where
-# the line has none).
-PANELS: dict[str, tuple[str, dict[str, Callable[[Line], float | None]]]] = {
-    "losses": (
-        "losses",
-        {
-            "detection, student's pass": _sum_of("loss_"),
-            "detection, teacher's pass": _sum_of("teacher_loss_"),
-            "distillation, weighted": _value("loss_distill"),
-        },
-    ),
-    "share": (
-        "distillation, % of the total loss",
-        {"": _value("loss_distill/share", 100)},
-    ),
-    "coefficient": ("coefficient", {"": _value("loss_distill/coefficient")}),
-    "distance": ("distance, unweighted", {"": _value("loss_distill/distance")}),
-    "lr": ("learning rate", {"": _value("lr")}),
-    "ap": (
-        "AP",
-        {"": _average_precision(""), "averaged weights": _average_precision("averaged")},
-    ),
+_WEIGHTS = {"": "last weights", "averaged": "averaged weights"}
+
+# Name -> title, and what a line of metrics.json has of it: label of a curve -> value.
+PANELS: dict[str, tuple[str, Callable[[Line], dict[str, float]]]] = {
+    "losses": ("losses", _losses),
+    "share": ("distillation, % of the total loss", _one("loss_distill/share", 100)),
+    "coefficient": ("coefficient", _one("loss_distill/coefficient")),
+    "distance": ("distance, unweighted", _one("loss_distill/distance")),
+    "lr": ("learning rate", _one("lr")),
+    "ap": ("AP", _figure("bbox/AP", "", "averaged")),
+    "accuracy": ("top-1 accuracy, %", _figure("classification/top1", "", "averaged")),
     "teacher": (
         "AP of the teacher, with the ground truth",
-        {"": _average_precision("teacher_with_ground_truth")},
+        _figure("bbox/AP", "teacher_with_ground_truth"),
     ),
 }
-_OF_EVALUATIONS = ("ap", "teacher")
-_STYLES = ("-", "--", ":")
+_OF_EVALUATIONS = ("ap", "accuracy", "teacher")
+_STYLES = ("-", "--", ":", "-.")
 
 
 def plot_runs(
@@ -149,15 +154,16 @@ Curves = dict[tuple[str, str], tuple[list[int], list[float]]]
 
 
 def _curves(
-    runs: Mapping[str, Sequence[Line]], values: Mapping[str, Callable[[Line], float | None]]
+    runs: Mapping[str, Sequence[Line]], values: Callable[[Line], dict[str, float]]
 ) -> Curves:
     """(run, label) -> iterations and values, of the curves that have any."""
     curves: Curves = {}
     for run, lines in runs.items():
-        for label, value in values.items():
-            points = [(int(x["iteration"]), y) for x in lines if (y := value(x)) is not None]
-            if points:
-                curves[run, label] = tuple(map(list, zip(*points, strict=True)))
+        for line in lines:
+            for label, value in values(line).items():
+                iterations, points = curves.setdefault((run, label), ([], []))
+                iterations.append(int(line["iteration"]))
+                points.append(value)
     return curves
 
 
@@ -175,21 +181,20 @@ def _panels_with_values(
 
 
 def _draw_panel(axis: plt.Axes, name: str, curves: Curves, runs: Sequence[str]) -> None:
-    title, values = PANELS[name]
-    labels = [label for label in values if any(label == found for _, found in curves)]
+    labels = list(dict.fromkeys(label for _, label in curves))
     alone = len(runs) == 1
     for (run, label), (iterations, points) in curves.items():
         number = labels.index(label)
         axis.plot(
             iterations,
             points,
-            "-" if alone else _STYLES[number],
-            color=f"C{number if alone else runs.index(run)}",
+            "-" if alone else _STYLES[number % len(_STYLES)],
+            color=f"C{number}" if alone else _colors(runs)[run],
             marker="o" if name in _OF_EVALUATIONS else None,
             markersize=3,
             drawstyle="steps-post" if name == "coefficient" else "default",
         )
-    axis.set_title(title)
+    axis.set_title(PANELS[name][0])
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3)
     if name not in _OF_EVALUATIONS:
@@ -199,14 +204,20 @@ def _draw_panel(axis: plt.Axes, name: str, curves: Curves, runs: Sequence[str]) 
     if len(labels) > 1:
         handles = [
             Line2D([], [], color=f"C{i}" if alone else "gray", linestyle="-" if alone else style)
-            for i, style in zip(range(len(labels)), _STYLES, strict=False)
+            for i, style in zip(range(len(labels)), itertools.cycle(_STYLES), strict=False)
         ]
-        axis.legend(handles, [label or "last weights" for label in labels], fontsize=8)
+        axis.legend(handles, labels, fontsize=8)
+
+
+def _colors(runs: Sequence[str]) -> dict[str, Any]:
+    """Run -> colour; matplotlib's own ten come again in the eleventh run."""
+    many = plt.get_cmap("gist_rainbow")
+    return {run: f"C{i}" if len(runs) <= 10 else many(i / len(runs)) for i, run in enumerate(runs)}
 
 
 def _save(figure: plt.Figure, path: Path, runs: Sequence[str]) -> None:
     if len(runs) > 1:
-        handles = [Line2D([], [], color=f"C{i}") for i in range(len(runs))]
+        handles = [Line2D([], [], color=color) for color in _colors(runs).values()]
         figure.legend(handles, runs, loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)

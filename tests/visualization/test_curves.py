@@ -49,14 +49,46 @@ def test_losses_are_summed_by_pass_without_the_distillation_term(figures, tmp_pa
     assert len({line.get_color() for line in (student, teacher, distillation)}) == 3
 
 
-def test_ap_is_that_of_the_first_dataset_and_never_the_teachers(figures, tmp_path):
-    plot_runs(tmp_path / "x.png", {"a": LINES, "b": LINES[:2]})
-    last, averaged = panel(figures[0], "AP").get_lines()
-    assert points(last) == [(40, 30.0)] and points(averaged) == [(40, 31.0)]
+def as_logged(line):
+    """Detectron2's writer sorts the keys: the test split comes before the validation split."""
+    return json.loads(json.dumps(line, sort_keys=True))
+
+
+def test_ap_is_that_of_each_dataset_and_never_the_teachers(figures, tmp_path):
+    evaluated = as_logged(LINES[2])
+    plot_runs(tmp_path / "x.png", {"a": [*LINES[:2], evaluated], "b": LINES[:2]})
+    axis = panel(figures[0], "AP")
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    found = dict(zip(names, map(points, axis.get_lines()), strict=True))
+    assert found == {
+        "last weights, t": [(40, 20.0)], "last weights, v": [(40, 30.0)],
+        "averaged weights, v": [(40, 31.0)],
+    }  # fmt: skip
+    assert len({line.get_color() for line in axis.get_lines()}) == 1
+    assert len({line.get_linestyle() for line in axis.get_lines()}) == 3
     (teacher,) = panel(figures[0], "AP of the teacher, with the ground truth").get_lines()
     assert points(teacher) == [(40, 90.0)]
-    assert last.get_color() == averaged.get_color()
-    assert last.get_linestyle() != averaged.get_linestyle()
+
+
+def test_ap_of_one_dataset_has_no_name(figures, tmp_path):
+    lines = [{"iteration": 40, "bbox/AP": 30.0, "averaged/bbox/AP": 31.0, "segm/AP": 5.0}]
+    lines += [{"iteration": 50, "classification/top1": 90.0}]
+    plot_runs(tmp_path / "x.png", {"a": [as_logged(line) for line in lines]})
+    axis = panel(figures[0], "AP")
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert dict(zip(names, map(points, axis.get_lines()), strict=True)) == {
+        "averaged weights": [(40, 31.0)], "last weights": [(40, 30.0)],
+    }  # fmt: skip
+    (accuracy,) = panel(figures[0], "top-1 accuracy, %").get_lines()
+    assert points(accuracy) == [(50, 90.0)]
+
+
+def test_more_than_ten_runs_have_colours_of_their_own(figures, tmp_path):
+    plot_runs(tmp_path / "x.png", {str(i): LINES[:2] for i in range(12)}, panels=("lr",))
+    colors = {line.get_color() for line in panel(figures[0], "learning rate").get_lines()}
+    assert len(colors) == 12
+    legend = figures[0].legends[0]
+    assert {line.get_color() for line in legend.get_lines()} == colors
 
 
 def test_a_run_has_one_colour_in_all_panels(figures, tmp_path):
