@@ -100,7 +100,7 @@ def test_the_preset_is_that_of_the_configs(detector):
 def test_the_accuracy_of_a_preset_is_that_of_its_runs(row, study, method):
     folder = REPOSITORY / "docs/results/bccd"
     plan = load_plan(folder / "plan.yaml")
-    (variants,) = variants_of(plan, *plan.chosen([study]), folder).values()
+    (variants,) = variants_of(plan, plan.trainings([study]), folder).values()
     (faithful,) = (v for v in variants if v.name == "sssd")
     (efficient,) = (v for v in variants if v.name == f"sssd_{method}")
     seeds = sorted(faithful.records.keys() & efficient.records.keys())

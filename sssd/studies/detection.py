@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..engine.signals import STATUS, limit_time
+from ..engine.signals import limit_time
 from .figures import draw_study
 from .plan import VARIATION, Plan, Training
 from .progress import complete
@@ -31,8 +31,8 @@ def run_studies(
 ) -> list[str]:
     """Makes the runs that have no record; the first studies of the plan first.
 
-    When its time is over, or on SIGTERM or Ctrl-C, the runs that are going on save and stop; the
-    next call goes on with them.
+    When its time is over, or on SIGTERM, SIGHUP or Ctrl-C, the runs that are going on save and
+    stop; the next call goes on with them.
 
     Args:
         folder: of the plan and its records.
@@ -51,7 +51,7 @@ def run_studies(
     """
     trainings = [t for t in plan.trainings(names) if read_record(folder, t) is None]
     for training in trainings:
-        check(training)
+        check(plan, training)
     processes = Processes()
     failures: list[str] = []
     free: queue.Queue[Mapping[str, str]] = queue.Queue()
@@ -70,10 +70,15 @@ def run_studies(
             figure = future.result()["validation"].get(plan.metric, float("nan"))
         except (TrainingFailed, TrainingStopped) as error:
             failures.append(str(error))
-            return str(error)
-        return f"{training.name}: {figure:.2f} {plan.metric} on {plan.validation}"
+        except (OSError, ValueError) as error:  # a full disk, a config that was edited meanwhile
+            failures.append(f"{training.name} has failed ({error})")
+        else:
+            return f"{training.name}: {figure:.2f} {plan.metric} on {plan.validation}"
+        return failures[-1]
 
-    signal.signal(signal.SIGTERM, lambda *args: sys.exit(STATUS[signal.SIGTERM]))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the latter
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     limit_time(None if hours is None else 3600 * hours)
     with ThreadPoolExecutor(len(places)) as pool:
         try:
@@ -100,7 +105,7 @@ def write_studies(plan: Plan, folder: Path, names: Sequence[str] = ()) -> str:
     """
     texts = []
     for study in plan.chosen(names):
-        found = variants_of(plan, study, folder)
+        found = variants_of(plan, study.trainings, folder)
         if not found:
             continue
         drawn = draw_study(plan, study, found, folder)

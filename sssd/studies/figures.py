@@ -1,7 +1,7 @@
 """Pictures of a study: AP over iterations, over a sweep, and of every seed."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -58,6 +58,8 @@ def _draw_seeds(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
     for axis, variants in zip(axes, found.values(), strict=True):
         for row, variant in enumerate(variants):
             values = list(variant.figures(plan.metric, "validation").values())
+            if not values:
+                continue
             color = f"C{row}"
             axis.plot(values, [row] * len(values), "o", color=color, alpha=0.7)
             mean = statistics.mean(values)
@@ -110,10 +112,16 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
         layout="constrained",
     )  # fmt: skip
     for (above, below), (detector, variants) in zip(axes.T, found.items(), strict=True):
-        swept = [v for v in variants if v.setting]
+        judged = [v for v in variants if v.figures(plan.metric, "validation")]
+        swept = [v for v in judged if v.setting]
+        # Texts stand side by side.
+        names = list(dict.fromkeys(v.setting for v in swept))
+        numbers = all(v.value is not None for v in swept)
+        places = {v.setting: v.value if numbers else names.index(v.setting) for v in swept}
         for number, method in enumerate(dict.fromkeys(v.method for v in swept)):
-            _draw_method(above, below, plan, [v for v in swept if v.method == method], number)
-        for variant in (v for v in variants if not v.setting):  # the baseline
+            of_method = {places[v.setting]: v for v in swept if v.method == method}
+            _draw_method(above, below, plan, dict(sorted(of_method.items())), number)
+        for variant in (v for v in judged if not v.setting):  # the baseline
             mean = statistics.mean(variant.figures(plan.metric, "validation").values())
             above.axhline(mean, linestyle=":", color="black", label=variant.name)
         above.set_title(detector)
@@ -125,27 +133,29 @@ def _draw_sweep(path: Path, plan: Plan, study: Study, found: Mapping[str, list[V
             axis.grid(alpha=0.3)
             if axis.has_data():  # no shares without distillation
                 axis.legend(fontsize=8)
-        if all(_number(v) > 0 for v in swept):
+        if not numbers:
+            below.set_xticks(range(len(names)), names)
+        elif all(place > 0 for place in places.values()):
             below.set_xscale("log")
     return _save(figure, path)
 
 
-def _draw_method(above, below, plan: Plan, variants: Sequence[Variant], number: int) -> None:
-    variants = sorted(variants, key=_number)
-    method, color = variants[0].method, f"C{number}"
-    values = [_number(v) for v in variants]
-    figures = [list(v.figures(plan.metric, "validation").values()) for v in variants]
+def _draw_method(
+    above: plt.Axes, below: plt.Axes, plan: Plan, variants: Mapping[float, Variant], number: int
+) -> None:
+    """
+    Args:
+        variants: by their places on the axis.
+        number: of the method's colour.
+    """
+    method, color = next(iter(variants.values())).method, f"C{number}"
+    values = list(variants)
+    figures = [list(v.figures(plan.metric, "validation").values()) for v in variants.values()]
     error = [statistics.stdev(f) if len(f) > 1 else 0.0 for f in figures]
     mean = [statistics.mean(f) for f in figures]
     above.errorbar(values, mean, error, fmt="o-", capsize=3, color=color, label=method)
     for part, style in (("early", "--"), ("end", "-")):
-        shares = [(x, statistics.mean(s)) for x, v in zip(values, variants, strict=True)
-                  if (s := v.share(part))]  # fmt: skip
+        shares = [(x, statistics.mean(s)) for x, v in variants.items() if (s := v.share(part))]
         if shares:
             below.plot(*zip(*shares, strict=True), style, marker="o", markersize=3, color=color,
                        label=f"{method}, {part}")  # fmt: skip
-
-
-def _number(variant: Variant) -> float:
-    """The value of the sweep; of several values, the first."""
-    return float(variant.setting.partition("-")[0])

@@ -23,6 +23,7 @@ class Training:
     Attributes:
         detector, method: names of the plan.
         setting: value of the study's sweep, as it stands in the name; "" without one.
+        value: the same as a number, of several values the first; None if it is none.
         seed: of the run.
         config: its config file.
         options: keys and values that follow the config file, without seed and folder.
@@ -34,6 +35,7 @@ class Training:
     seed: int
     config: str
     options: tuple[Any, ...]
+    value: float | None = None
 
     @property
     def variant(self) -> str:
@@ -140,6 +142,11 @@ def load_plan(path: str | Path) -> Plan:
         )
         if not plan.validation:
             raise KeyError("validation")
+        if not plan.metric.removeprefix("averaged/").startswith("bbox/AP"):
+            raise ValueError(
+                f"metric is {plan.metric!r}, and has to be bbox/AP, another of the bbox/AP..., or "
+                "one of these after averaged/."
+            )
         _check_unique(plan)
     except KeyError as error:
         raise ValueError(f"The plan {path} lacks the key {error}.") from error
@@ -174,7 +181,8 @@ def _study(content: Mapping[str, Any], name: str, entry: Mapping[str, Any]) -> S
     return Study(
         name=name,
         title=entry.get("title", name),
-        trainings=tuple(trainings),
+        # A seed or value that is named twice is one.
+        trainings=tuple(t for i, t in enumerate(trainings) if t not in trainings[:i]),
         baseline=baseline,
         sweep=sweep.get("key", ""),
         test=bool(entry.get("test", False)),
@@ -211,6 +219,7 @@ def _training(
         seed=int(seed),
         config=content["detectors"][detector].replace("{recipe}", recipe),
         options=tuple(options),
+        value=_as_number(value),
     )
 
 
@@ -238,6 +247,16 @@ def _as_text(value: Any) -> str:
     """A value as part of a file name: [50.0, 75] becomes 50-75."""
     parts = value if isinstance(value, list) else [value]
     return "-".join(f"{x:g}" if isinstance(x, int | float) else str(x) for x in parts)
+
+
+def _as_number(value: Any) -> float | None:
+    """A text may be a number: YAML reads 1e-4 as one, without a point."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _check_keys(entry: Mapping[str, Any], kind: str, where: str) -> None:

@@ -1,7 +1,8 @@
 """What the records of a study say: tables in Markdown, by detector."""
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ class Variant:
     """The runs of a method, or of a method with one setting, that are complete.
 
     Attributes:
-        method, setting, variant: as in :class:`sssd.studies.plan.Training`.
+        method, setting, value, variant: as in :class:`sssd.studies.plan.Training`.
         records: by seed.
         curves: seed -> number of iterations done -> figures of the validation split.
     """
 
     method: str
     setting: str
+    value: float | None
     variant: str
     records: Mapping[int, Mapping[str, Any]]
     curves: Mapping[int, Mapping[int, Mapping[str, float]]]
@@ -35,11 +37,15 @@ class Variant:
         return f"{self.method} @ {self.setting}" if self.setting else self.method
 
     def figures(self, key: str, *splits: str) -> dict[int, float]:
-        """A figure of the last evaluation, by seed; of several splits, its mean over them."""
+        """A figure of the last evaluation, by seed; of several splits, its mean over them.
+
+        Seeds without it are left out, and so are those where it is undefined (APs without a small
+        object).
+        """
         return {
             seed: statistics.mean(record[split][key] for split in splits)
             for seed, record in self.records.items()
-            if all(key in record[split] for split in splits)
+            if all(math.isfinite(record[split].get(key, math.nan)) for split in splits)
         }
 
     def share(self, part: str) -> list[float]:
@@ -47,10 +53,17 @@ class Variant:
         return [100 * r["share"][part] for r in self.records.values() if part in (r["share"] or ())]
 
 
-def variants_of(plan: Plan, study: Study, folder: Path) -> dict[str, list[Variant]]:
-    """Detector -> variants with at least one complete run, in the order of the plan."""
+def variants_of(
+    plan: Plan, trainings: Iterable[Training], folder: Path
+) -> dict[str, list[Variant]]:
+    """Detector -> variants with at least one complete run, in the order of the plan.
+
+    Args:
+        trainings: of a study, or of the whole plan.
+        folder: of the plan and its records.
+    """
     by_detector: dict[str, dict[str, list[Training]]] = {}
-    for training in study.trainings:
+    for training in trainings:
         variants = by_detector.setdefault(training.detector, {})
         variants.setdefault(training.variant, []).append(training)
     found = {
@@ -73,7 +86,7 @@ def _variant(plan: Plan, trainings: Sequence[Training], folder: Path) -> Variant
             if (figures := figures_of(line, plan.validation, alone=not plan.test))
         }
     first = trainings[0]
-    return Variant(first.method, first.setting, first.variant, records, curves)
+    return Variant(first.method, first.setting, first.value, first.variant, records, curves)
 
 
 def study_tables(plan: Plan, study: Study, found: Mapping[str, Sequence[Variant]]) -> str:

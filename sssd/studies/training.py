@@ -1,5 +1,6 @@
 """One run of a plan, in a process of its own, and its record."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -7,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ __all__ = ["Processes", "TrainingFailed", "TrainingStopped", "check", "read_reco
 Metrics = Sequence[Mapping[str, float]]
 
 _IDENTITY = "training.txt"
+_AVERAGED = "averaged/"
+# By these a training is stopped on purpose; by another signal it has failed.
+_STOPS = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, *REASON}
 
 
 class TrainingFailed(RuntimeError):
@@ -64,12 +69,19 @@ class Processes:
                 process.terminate()
 
 
-def check(training: Training) -> None:
-    """Raises ValueError for a run whose config cannot be used, before hours are spent on others."""
+def check(plan: Plan, training: Training) -> None:
+    """Raises ValueError for a run whose config cannot be used, or that will not have the figure by
+    which the plan judges, before hours are spent on others."""
     try:
-        check_values(_config(training))
+        cfg = _config(training)
+        check_values(cfg)
     except (ValueError, OSError, KeyError, AssertionError) as error:
         raise ValueError(f"{training.name} cannot be run: {error}") from error
+    if plan.metric.startswith(_AVERAGED) and not cfg.MODEL.SSSD.AVERAGING.DECAY:
+        raise ValueError(
+            f"{training.name} will have no {plan.metric}, by which the plan judges: give it "
+            "MODEL.SSSD.AVERAGING.DECAY, or judge by another metric."
+        )
 
 
 def read_record(folder: Path, training: Training) -> dict[str, Any] | None:
@@ -108,9 +120,15 @@ def train(
         commit.
 
     Raises:
-        TrainingFailed: it has ended with an error.
+        TrainingFailed: it has ended with an error, another process trains in its folder, or that
+            holds something else.
         TrainingStopped: it was told to end.
     """
+    with _locked(output, training) as lock:
+        return _train(plan, training, folder, output, tools, environment, processes, lock)
+
+
+def _train(plan, training, folder, output, tools, environment, processes, lock) -> dict[str, Any]:
     settings = _settings(training)  # of now: the config may be edited while it runs
     _keep_only_what_continues(output, settings)
     labelenc = _config(training).MODEL.SSSD.TEACHER.NAME == "label_map"
@@ -125,15 +143,16 @@ def train(
             env={**os.environ, **environment},
             stdout=console,
             stderr=subprocess.STDOUT,
+            pass_fds=(lock,),  # it holds the folder, also when it outlives this process
         )
-    if status in REASON or status < 0:
+    if status in _STOPS:
         raise TrainingStopped(f"{training.name} was stopped")
     if status:
         lines = (output / "console.txt").read_text(errors="replace").strip().splitlines()
-        raise TrainingFailed(
-            f"{training.name} has failed ({lines[-1] if lines else f'status {status}'}); "
-            f"see {output / 'console.txt'}"
-        )
+        reason = lines[-1] if lines else f"status {status}"
+        if status < 0:
+            reason = f"ended by {signal.Signals(-status).name}"
+        raise TrainingFailed(f"{training.name} has failed ({reason}); see {output / 'console.txt'}")
     return _keep(plan, training, settings, folder, output, "step2" if labelenc else "")
 
 
@@ -152,12 +171,37 @@ def _settings(training: Training) -> dict[str, Any]:
     return {"config": training.config, "options": options, **config_digest(training.config)}
 
 
+@contextmanager
+def _locked(output: Path, training: Training) -> Iterator[int]:
+    """Nobody else trains in the folder meanwhile; gives the descriptor that holds it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output.with_name(f"{output.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingFailed(
+                f"{training.name} has failed (another process trains in {output}: wait for its "
+                "end, or stop it)"
+            ) from None
+        yield file.fileno()
+
+
 def _keep_only_what_continues(output: Path, settings: Mapping[str, Any]) -> None:
-    """Of a run with other settings nothing is gone on with."""
+    """Of a run with other settings nothing is gone on with.
+
+    Raises:
+        TrainingFailed: the folder is none of a comparison's.
+    """
     identity = output / _IDENTITY
     wanted = str(settings)
-    if output.is_dir() and not (identity.is_file() and identity.read_text() == wanted):
-        shutil.rmtree(output)
+    if output.is_dir() and any(output.iterdir()):
+        if not identity.is_file():
+            raise TrainingFailed(
+                f"{output} holds something else than a run of compare.py: move it, or give another "
+                "--scratch"
+            )
+        if identity.read_text() != wanted:
+            shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     identity.write_text(wanted)
 

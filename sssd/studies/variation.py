@@ -1,13 +1,12 @@
 """What runs of equal settings vary by, and how many seeds a difference takes to show."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from .plan import Plan
-from .report import Variant, variants_of
+from .report import variants_of
 from .tables import markdown_table
 
 __all__ = ["pairs_needed", "pooled_deviations", "variation_text"]
@@ -64,7 +63,7 @@ def variation_text(plan: Plan, folder: Path) -> str:
     """
     splits = [["validation"], ["test"], ["validation", "test"]] if plan.test else [["validation"]]
     rows = []
-    for detector, variants in _all_variants(plan, folder).items():
+    for detector, variants in variants_of(plan, plan.trainings(), folder).items():
         for metric in dict.fromkeys([plan.metric, plan.metric.removeprefix("averaged/")]):
             columns = [[list(v.figures(metric, *s).values()) for v in variants] for s in splits]
             deviations = [pooled_deviations(groups) for groups in columns]
@@ -94,16 +93,3 @@ def _correlation(first: float, second: float, mean: float) -> str:
     """Of two figures over the seeds, from their standard deviations and that of their mean."""
     covariance = 2 * mean**2 - (first**2 + second**2) / 2
     return f"{covariance / (first * second):.2f}" if first and second else ""
-
-
-def _all_variants(plan: Plan, folder: Path) -> dict[str, list[Variant]]:
-    """Detector -> variants, each once, with the seeds of the study that has most of them."""
-    found: dict[str, dict[str, Variant]] = {}
-    studies = (variants_of(plan, study, folder).items() for study in plan.studies)
-    for detector, variants in itertools.chain.from_iterable(studies):
-        known = found.setdefault(detector, {})
-        for variant in variants:
-            before = known.get(variant.variant)
-            if before is None or len(before.records) < len(variant.records):
-                known[variant.variant] = variant
-    return {detector: list(variants.values()) for detector, variants in found.items()}

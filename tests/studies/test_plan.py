@@ -129,6 +129,7 @@ def test_a_training_of_two_studies_is_made_once(tmp_path):
         ({"studies__methods__baseline": "lgd"}, "the baseline 'lgd' of .* none of its own: plain"),
         ({"studies__coefficient__sweep": {"key": "A"}}, "needs the keys 'key' and 'values'"),
         ({"studies__variation": {"methods": ["plain"]}}, "'variation' needs another name"),
+        ({"metric": "segm/AP"}, "metric is 'segm/AP', and has to be bbox/AP"),
         ({"studies": [1]}, "has another form than it should"),
     ],
 )

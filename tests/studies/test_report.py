@@ -1,6 +1,7 @@
 """Tables of a study, worked out by hand."""
 
 import json
+import math
 
 import pytest
 import yaml
@@ -109,7 +110,7 @@ def test_curves_are_means_over_seeds_from_where_the_figure_begins(tmp_path, monk
         curve = [(199, 1.0), (299, 2.0 + training.seed), (599, 4.0)]
         write(tmp_path, training, 4.0, curve=curve)
     (study,) = plan.studies
-    variants = report.variants_of(plan, study, tmp_path)
+    variants = report.variants_of(plan, study.trainings, tmp_path)
     points = figures._curve(plan, study, variants["fcos"][0])
     assert points == {300: [13.0, 14.0, 15.0], 600: [14.0] * 3}
     assert "![study_curves](study_curves.png)" in write_studies(plan, tmp_path)
@@ -178,3 +179,60 @@ def test_a_deviation_needs_two_figures_and_gives_the_pairs_that_a_difference_tak
     # A difference with a deviation of 1: 2.571 / sqrt(6) is above 1, 2.447 / sqrt(7) below.
     assert pairs_needed(0.5**0.5) == 7 and pairs_needed(0.5**0.5, half_width=2.0) == 4
     assert pairs_needed(100.0) is None
+
+
+def test_a_figure_that_is_undefined_is_left_out(tmp_path):
+    plan = plan_of(tmp_path, {"methods": ["plain", "lgd"], "baseline": "plain"})
+    for training in plan.trainings():
+        write(tmp_path, training, 30.0 + training.seed)
+        path = tmp_path / f"{training.name}.json"
+        record = json.loads(path.read_text())
+        record["validation"]["averaged/bbox/APs"] = math.nan  # no small object
+        if training.seed == 1 and training.method == "lgd":
+            record["validation"]["averaged/bbox/AP"] = math.nan
+        path.write_text(json.dumps(record))
+    text = write_studies(plan, tmp_path)
+    assert "| plain | 3 | 42.00 ± 1.00 | 42.00 ± 1.00 | 42.00 ± 1.00 |  | 42.00" in text
+    assert "| lgd | 3 | 42.50 ± 0.71 |" in text
+    assert "| lgd | 2 | +0.00 ± 0.00 |" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ([5e-05, "1e-4"], [5e-05, 1e-4]),
+        ([-1.0, 1.0], [-1.0, 1.0]),
+        ([[50.0, 75.0], [60.0, 80.0]], [50.0, 60.0]),
+        (["kl", "js"], [0, 1]),
+    ],
+)
+def test_a_sweep_is_drawn_where_its_values_are(tmp_path, monkeypatch, values, places):
+    from sssd.studies import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "_draw_method", lambda *args: drawn.append(list(args[3])))
+    plan = plan_of(tmp_path, {"methods": ["lgd"], "sweep": {"key": "A", "values": values}})
+    for training in plan.trainings():
+        write(tmp_path, training, 30.0)
+    assert "study_sweep.png" in write_studies(plan, tmp_path)
+    assert drawn == [places]
+
+
+def test_a_seed_or_a_value_that_is_named_twice_is_one(tmp_path):
+    sweep = {"key": "A", "values": [10, 10.0]}
+    plan = plan_of(tmp_path, {"methods": ["lgd"], "sweep": sweep, "seeds": [1, 1, 2]})
+    for training in plan.trainings():
+        write(tmp_path, training, 30.0)
+    assert len(plan.trainings()) == 2 and "missing" not in write_studies(plan, tmp_path)
+
+
+def test_seeds_of_several_studies_count_together_in_what_runs_vary_by(tmp_path):
+    plan = plan_of(tmp_path, {"methods": ["plain"], "seeds": [1, 2]})
+    content = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    content["studies"]["more"] = {"methods": ["plain"], "seeds": [3, 4]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    plan = load_plan(tmp_path / "plan.yaml")
+    for training in plan.trainings():
+        write(tmp_path, training, 30.0 + training.seed)
+    row = write_studies(plan, tmp_path).strip().splitlines()[-1]
+    assert row.split(" | ")[-2] == "3"  # degrees of freedom of four figures

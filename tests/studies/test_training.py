@@ -1,5 +1,6 @@
 """Runs of a plan as processes: records, stops that cost nothing, failures that say why."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from sssd.engine.config_file import ConfigError
+from sssd.studies import detection
 from sssd.studies.detection import run_studies, write_studies
 from sssd.studies.plan import Training, load_plan
 from sssd.studies.records import public_log, write_record
@@ -189,7 +192,8 @@ def load_long(plan, tmp_path):
 
 
 @pytest.mark.long
-def test_sigterm_stops_the_command_and_its_runs(plan, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_command_and_its_runs(plan, tmp_path, number):
     load_long(plan, tmp_path)
     scratch = tmp_path / "scratch"
     command = [sys.executable, TOOLS / "compare.py", tmp_path / "long.yaml", "--jobs", "2",
@@ -200,9 +204,9 @@ def test_sigterm_stops_the_command_and_its_runs(plan, tmp_path):
     while not all(map(begun, outputs)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     assert "compare: stopped; the same command goes on with what is left" in errors
     assert all((output / "model_interrupted.pth").is_file() for output in outputs)
 
@@ -241,7 +245,81 @@ def test_a_config_that_cannot_be_used_is_found_before_any_run(plan, tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text(path.read_text().replace("_sssd", "_missing"))
     with pytest.raises(ValueError, match=r"faster_rcnn/sssd/seed1 cannot be run: .*_missing.yaml"):
-        check(load_plan(path).trainings()[1])
+        plan = load_plan(path)
+        check(plan, plan.trainings()[1])
+
+
+def test_a_figure_that_no_run_will_have_is_found_before_any_run(plan):
+    averaged = replace(plan, metric="averaged/bbox/AP")
+    with pytest.raises(ValueError, match=r"plain/seed1 will have no averaged/bbox/AP, .*DECAY"):
+        check(averaged, plan.trainings()[0])
+    training = plan.trainings()[0]
+    options = (*training.options, "MODEL.SSSD.AVERAGING.DECAY", 0.9)
+    check(averaged, replace(training, options=options))
+
+
+class Fake:
+    """Processes of which every one ends at once, with a status."""
+
+    def __init__(self, status=0, begin=lambda: None):
+        self.status, self.begin, self.begun = status, begin, 0
+
+    def run(self, command, *, pass_fds, **options):
+        self.begun += 1
+        self.begin()
+        return self.status
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(plan, tmp_path):
+    training, output = plan.trainings()[0], tmp_path / "scratch/run"
+    arguments = (plan, training, tmp_path, output, TOOLS, PLACE)
+
+    def second():
+        with pytest.raises(TrainingFailed, match="another process trains in .*scratch/run"):
+            train(*arguments, other)
+
+    first, other = Fake(-signal.SIGTERM, begin=second), Fake()
+    with pytest.raises(TrainingStopped):
+        train(*arguments, first)
+    assert (first.begun, other.begun) == (1, 0)
+    # The folder belongs to the training itself: it may outlive the command that began it.
+    lock = output.with_name("run.lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=(file.fileno(),))
+    with pytest.raises(TrainingFailed, match="another process"):
+        train(*arguments, Fake())
+    orphan.kill()
+    orphan.wait()
+    with pytest.raises(TrainingStopped):
+        train(*arguments, Fake(-signal.SIGTERM))
+
+
+def test_what_is_no_run_of_a_comparison_is_not_deleted(plan, tmp_path):
+    output = tmp_path / "scratch/run"
+    output.mkdir(parents=True)
+    (output / "model_final.pth").touch()
+    with pytest.raises(TrainingFailed, match="run holds something else than a run of compare.py"):
+        train(plan, plan.trainings()[0], tmp_path, output, TOOLS, PLACE, Fake())
+    assert (output / "model_final.pth").is_file()
+
+
+def test_a_run_that_the_system_kills_has_failed(plan, tmp_path):
+    arguments = (plan, plan.trainings()[0], tmp_path, tmp_path / "run", TOOLS, PLACE)
+    with pytest.raises(TrainingFailed, match=r"has failed \(ended by SIGKILL\); see .*console.txt"):
+        train(*arguments, Fake(-signal.SIGKILL))
+
+
+def test_a_disk_that_refuses_a_record_ends_one_run_alone(plan, tmp_path, monkeypatch):
+    def full(plan, training, *args):
+        if training.method == "plain":
+            raise OSError(28, "No space left on device")
+        return {"validation": {"bbox/AP": 1.0}}
+
+    monkeypatch.setattr(detection, "train", full)
+    failures = run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE])
+    plain = plan.trainings()[0].name
+    assert failures == [f"{plain} has failed ([Errno 28] No space left on device)"]
 
 
 def test_a_log_names_folders_by_what_they_are(tmp_path, monkeypatch):
