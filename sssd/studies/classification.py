@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .classification_plan import (
     Run,
     final_options,
     final_records,
+    final_runs,
     has_teacher,
     read_record,
     trial_runs,
@@ -24,13 +26,14 @@ from .classification_plan import (
 from .classification_run import execute
 from .progress import complete
 from .tables import comparison_rows, markdown_table
+from .training import TrainingFailed
 
 __all__ = ["run_comparison", "write_tables"]
 
 
 def run_comparison(
     plan: Plan, folder: Path, scratch: Path, *, names: Sequence[str] = (), jobs: int, hours: float
-) -> bool:
+) -> tuple[list[str], bool]:
     """Makes the runs that have no record.
 
     Args:
@@ -41,16 +44,22 @@ def run_comparison(
         hours: after which no run begins.
 
     Returns:
-        Whether all are made.
+        A sentence for each run that has failed; and whether the time was enough.
+
+    Raises:
+        TrainingFailed: a process was killed.
     """
+    failures: list[str] = []
     deadline = time.time() + 3600 * hours
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_begin_worker) as pool:
         for data in names or plan.data:
             for runs in _phases(plan, folder, data):
-                if not _complete(pool, plan, runs, folder, scratch, jobs, deadline):
-                    return False
-    return True
+                if not _complete(pool, plan, runs, folder, scratch, jobs, deadline, failures):
+                    return failures, False
+                if failures:  # what comes after may need them
+                    return failures, True
+    return failures, True
 
 
 def _phases(plan: Plan, folder: Path, data: str) -> Iterator[list[Run]]:
@@ -61,12 +70,8 @@ def _phases(plan: Plan, folder: Path, data: str) -> Iterator[list[Run]]:
     teacher = plan.methods[TEACHER]
     trials = [run for method in methods for run in trial_runs(plan, folder, method, data)]
     yield [Run(teacher, data, plan.trial_seed, options=shared), *trials]
-    yield [
-        Run(method, data, seed, options=final_options(plan, folder, method, data))
-        for seed in plan.methods[plan.baseline].seeds
-        for method in methods  # the teacher is the first
-        if seed in method.seeds
-    ]
+    runs = [run for method in methods for run in final_runs(plan, folder, method, data)]
+    yield sorted(runs, key=lambda run: run.seed)  # stable: the teacher is the first of a seed
 
 
 def _begin_worker() -> None:
@@ -80,15 +85,25 @@ def _begin_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _complete(pool, plan, runs, folder, scratch, jobs, deadline) -> bool:
-    """Makes the runs that have no record; False if the time is over before."""
+def _complete(pool, plan, runs, folder, scratch, jobs, deadline, failures) -> bool:
+    """Makes the runs that have no record; False if the time is over before.
+
+    What has failed is added to ``failures``, and the others go on; those without a teacher, too,
+    which then say that they lack it.
+    """
     waiting, teachers = _missing_runs(plan, runs, folder, scratch)
     taught = [run for run in waiting if has_teacher(run)]
 
     def finished(run: Run, future: Future) -> str:
-        record = future.result()
         if run.method.name == TEACHER:
             teachers.discard(run.seed)
+        try:
+            record = future.result()
+        except BrokenProcessPool as error:
+            raise TrainingFailed(f"{run.name} has failed: its process was killed.") from error
+        except (FloatingPointError, OSError, ValueError) as error:
+            failures.append(f"{run.name} has failed ({error})")
+            return failures[-1]
         accuracy = record["validation"][plan.metric]
         return f"{run.name}: {accuracy:.2f} on validation, {record['seconds']:.0f} s"
 

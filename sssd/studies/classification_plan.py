@@ -17,6 +17,7 @@ __all__ = [
     "Run",
     "final_options",
     "final_records",
+    "final_runs",
     "has_teacher",
     "load_plan",
     "read_record",
@@ -84,7 +85,8 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What tells it from a run that only has its name."""
-        return {"options": dict(self.options), **config_digest(self.config)}
+        own = {"opts": list(map(str, self.method.opts)), "length": self.method.length}
+        return {"options": dict(self.options), **own, **config_digest(self.config)}
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -94,6 +96,8 @@ def load_plan(path: str | Path) -> Plan:
         ValueError: it is missing or lacks a key, or a method has too many trials.
     """
     content = read_plan(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"The plan {path} has to be keys and values, and is none.")
     try:
         data, seeds = tuple(content["data"]), tuple(content["seeds"])
         descriptions = {TEACHER: content["teacher"], **content["methods"]}
@@ -117,6 +121,14 @@ def load_plan(path: str | Path) -> Plan:
         )
     except KeyError as error:
         raise ValueError(f"The plan {path} lacks the key {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"The plan {path} has another form than it should ({error}).") from error
+    for key in ("baseline", "shared"):
+        if getattr(plan, key) not in methods:
+            raise ValueError(
+                f"The {key} {getattr(plan, key)!r} of the plan {path} is none of its methods: "
+                f"{', '.join(methods)}."
+            )
     for method in plan.methods.values():
         if len(method.trials) > 4:
             raise ValueError(
@@ -214,13 +226,25 @@ def trial_runs(plan: Plan, folder: Path, method: Method, data: str) -> list[Run]
     ]
 
 
+def final_runs(plan: Plan, folder: Path, method: Method, data: str) -> list[Run]:
+    """The seeds of a method.
+
+    Raises:
+        ValueError: its trials are not complete.
+    """
+    options = final_options(plan, folder, method, data)
+    return [Run(method, data, seed, options=options) for seed in method.seeds]
+
+
 def final_records(plan: Plan, folder: Path, data: str) -> dict[str, list[dict[str, Any]]]:
-    """Method -> the records of its seeds that are there, in the order of the plan."""
-    return {
-        method.name: [
-            record
-            for seed in method.seeds
-            if (record := read_json(folder / Run(method, data, seed).name)) is not None
-        ]
-        for method in plan.methods.values()
-    }
+    """Method -> the records of its seeds that are there, in the order of the plan; none of a method
+    whose trials are not complete."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method in plan.methods.values():
+        try:
+            runs = final_runs(plan, folder, method, data)
+        except ValueError:
+            runs = []
+        records = [read_record(folder, run) for run in runs]
+        found[method.name] = [record for record in records if record is not None]
+    return found

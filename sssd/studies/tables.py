@@ -33,7 +33,7 @@ class Row:
         accuracy: mean and standard deviation.
         difference: to the baseline of the same seeds, with its 95 % interval; empty for the
             baseline, and for fewer than two common seeds.
-        ensemble: the best mean of the ensembles that it trains along; empty for none.
+        ensemble: of those that it trains along, the best on validation; empty for none.
         settings: its own, as chosen by its trials.
     """
 
@@ -107,13 +107,21 @@ def comparison_rows(
         if method != baseline and paired:
             difference = paired_difference(*zip(*paired, strict=True))
         ensembles = [
-            [r[split][key] for r in runs]
+            key
             for key in runs[0][split]
             if key.startswith("ensemble") and key.endswith(metric.rpartition("/")[2])
         ]
-        best = max(ensembles, key=statistics.mean, default=())
+        # Chosen as everything is, by the validation split.
+        best = max(
+            ensembles,
+            key=lambda key: statistics.mean(r["validation"][key] for r in runs),
+            default=None,
+        )
+        ensemble = [] if best is None else [r[split][best] for r in runs]
         accuracy = spread([r[split][metric] for r in runs])
-        rows.append(Row(method, len(runs), accuracy, difference, spread(best), _settings(runs[0])))
+        rows.append(
+            Row(method, len(runs), accuracy, difference, spread(ensemble), _settings(runs[0]))
+        )
     return rows
 
 
@@ -133,4 +141,7 @@ def spread(values: Sequence[float]) -> str:
 
 def _settings(record: Record) -> str:
     own = {k: v for k, v in record["options"].items() if not k[0].isupper()}
-    return ", ".join(f"{name} {value:g}" for name, value in own.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+        for name, value in own.items()
+    )

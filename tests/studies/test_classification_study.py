@@ -2,21 +2,26 @@
 
 import gzip
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("timm", reason="timm is not installed")
 
+from sssd.studies import classification
 from sssd.studies.classification_plan import (
     Run,
     final_options,
+    final_records,
     load_plan,
     read_record,
     run_config,
     trial_runs,
 )
 from sssd.studies.classification_run import _prepare, execute
+from sssd.studies.tables import comparison_rows
 from tests.conftest import REPOSITORY
 
 PLAN = """
@@ -113,6 +118,8 @@ def test_a_longer_schedule_is_longer_in_all_its_parts(plan, tmp_path):
         ("metric:", "metrik:", "lacks the key 'metric'"),
         ("trials: [{kd.weight: 0.5}]", f"trials: [{', '.join(['{kd.weight: 1.0}'] * 5)}]", "four"),
         ("config:", "config: [", "cannot be read"),
+        ("baseline: ce", "baseline: cee", "The baseline 'cee' of the plan .* none of its methods"),
+        ("methods:", "methods: []\nother:", "has another form than it should"),
     ],
 )
 def test_a_plan_that_cannot_be_used_is_one_sentence(plan, tmp_path, old, new, sentence):
@@ -120,6 +127,12 @@ def test_a_plan_that_cannot_be_used_is_one_sentence(plan, tmp_path, old, new, se
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=sentence):
         load_plan(path)
+
+
+def test_a_plan_without_keys_is_one_sentence(tmp_path):
+    (tmp_path / "plan.yaml").write_text("- ce\n")
+    with pytest.raises(ValueError, match="plan.yaml has to be keys and values"):
+        load_plan(tmp_path / "plan.yaml")
 
 
 def test_an_option_of_no_term_is_one_sentence(plan, tmp_path):
@@ -184,3 +197,55 @@ def test_a_record_of_other_settings_does_not_count(plan, tmp_path):
     assert read_record(tmp_path, second) is None
     with pytest.raises(ValueError, match="not complete"):
         final_options(plan, tmp_path, ce, "digits")
+
+
+def test_a_record_of_another_length_or_other_options_of_the_plan_does_not_count(plan, tmp_path):
+    ce = plan.methods["ce"]
+    run = Run(ce, "digits", 1)
+    write(tmp_path, run, 90)
+    assert read_record(tmp_path, run)
+    for edited in (replace(ce, length=2.0), replace(ce, opts=("SOLVER.MAX_ITER", 5))):
+        assert read_record(tmp_path, replace(run, method=edited)) is None
+
+
+def test_tables_have_the_runs_of_the_chosen_settings_alone(plan, tmp_path):
+    ce = plan.methods["ce"]
+    for run, accuracy in zip(trial_runs(plan, tmp_path, ce, "digits"), [91, 90], strict=True):
+        write(tmp_path, run, accuracy)
+    for seed, rate in ((1, 0.05), (2, 0.1)):  # the first trial's is the chosen one
+        write(tmp_path, Run(ce, "digits", seed, options={"SOLVER.BASE_LR": rate}), 80 + seed)
+    found = final_records(plan, tmp_path, "digits")
+    assert [r["validation"]["classification/top1"] for r in found["ce"]] == [81]
+    assert found["kd"] == []  # its trials are not made
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(plan, tmp_path, monkeypatch):
+    made = []
+
+    def execute(plan, run, folder, scratch):
+        made.append(run.name)
+        if run.trial == 0:
+            raise FloatingPointError("loss is nan")
+        return {"validation": {plan.metric: 90.0}, "seconds": 1.0}
+
+    monkeypatch.setattr(classification, "execute", execute)
+    pool = lambda jobs, *args, **options: ThreadPoolExecutor(jobs)  # noqa: E731
+    monkeypatch.setattr(classification, "ProcessPoolExecutor", pool)
+    failures, in_time = classification.run_comparison(
+        plan, tmp_path, tmp_path, jobs=1, hours=math.inf
+    )
+    assert failures == ["digits/ce/trial0 has failed (loss is nan)"] and in_time
+    # The trials of everybody's settings, of which the others need the best.
+    assert made == ["digits/ce/trial0", "digits/ce/trial1"]
+
+
+def test_the_ensemble_is_the_one_that_is_best_on_validation():
+    runs = [
+        {
+            "seed": 1, "options": {"kd.mode": "soft"},
+            "validation": {"x/top1": 90.0, "ensemble/top1": 95.0, "ensemble_with_first/top1": 94.0},
+            "test": {"x/top1": 90.0, "ensemble/top1": 91.0, "ensemble_with_first/top1": 92.0},
+        }
+    ]  # fmt: skip
+    (row,) = comparison_rows({"tsd": runs}, baseline="ce", metric="x/top1")
+    assert (row.ensemble, row.settings) == ("91.00", "kd.mode soft")

@@ -12,7 +12,7 @@ def record(seed, accuracy, ensemble=None, **options):
     figures = {"classification/top1": accuracy, "classification/top5": 100.0}
     if ensemble is not None:
         figures |= {"ensemble/top1": ensemble, "ensemble/top5": 100.0}
-    return {"seed": seed, "test": figures, "options": options}
+    return {"seed": seed, "validation": figures, "test": figures, "options": options}
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
