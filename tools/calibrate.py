@@ -49,15 +49,18 @@ def calibrate(cfg: CfgNode, args: argparse.Namespace) -> None:
     for run in runs:
         say(f"coefficient {run.coefficient:.4g}: {run.share:.1%} (wanted {share:.1%})")
     say(f"\nMean share over the first {iterations} iterations. For the config:\n")
-    say("MODEL.SSSD.COEFFICIENT.VALUES " + config_values(cfg, run.coefficient))
+    for line in config_lines(cfg, run.coefficient):
+        say(line)
 
 
-def config_values(cfg: CfgNode, coefficient: float) -> str:
-    """The values of the schedule with this one as its first, and the others in proportion."""
-    values = cfg.MODEL.SSSD.COEFFICIENT.VALUES
+def config_lines(cfg: CfgNode, coefficient: float) -> list[str]:
+    """The schedule with this value as its first, and the others in proportion; a constant one where
+    that cannot be (bounds of a share, a schedule that begins with 0)."""
+    key, values = "MODEL.SSSD.COEFFICIENT", cfg.MODEL.SSSD.COEFFICIENT.VALUES
     if cfg.MODEL.SSSD.COEFFICIENT.SCHEDULE == "share" or not values[0]:
-        return f"[{coefficient:.4g}]"
-    return "[" + ", ".join(f"{coefficient * value / values[0]:.4g}" for value in values) + "]"
+        return [f"{key}.SCHEDULE constant", f"{key}.VALUES [{coefficient:.4g}]"]
+    scaled = ", ".join(f"{coefficient * value / values[0]:.4g}" for value in values)
+    return [f"{key}.VALUES [{scaled}]"]
 
 
 def say(text: str) -> None:

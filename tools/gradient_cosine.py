@@ -6,8 +6,10 @@
 
 Takes --batches batches of the training, and prints, for the backbone and for the pyramid, the
 cosine between the gradients of the two and the ratio of their norms, with the coefficient of
---iteration (the last one); to set the size of a cosine, that between the detection losses of two
-batches; and the cosine of the two expected gradients, which is without the noise of batches.
+--iteration (the last one that distils); for comparison, the cosine between the detection losses of
+two batches; and that of the two expected gradients, which is without the noise of batches. All
+gradients are kept in the host's memory: for each batch, eight bytes for each parameter of the
+backbone.
 """
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
@@ -31,7 +33,9 @@ def main(args: argparse.Namespace) -> None:
     cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH = True  # so that its teacher is loaded
     seed_all_rng(cfg.SEED if cfg.SEED >= 0 else 1)
     model = Trainer.load_for_evaluation(cfg)
-    iteration = cfg.SOLVER.MAX_ITER - 1 if args.iteration is None else args.iteration
+    iteration = args.iteration
+    if iteration is None:
+        iteration = cfg.SOLVER.MAX_ITER - model.phases.distill_off_iters - 1
     batches = iter(Trainer.build_train_loader(cfg))
     found = gradient_agreement(model, batches, count=args.batches, iteration=iteration)
     for part, agreement in found.items():
@@ -41,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", required=True, help="of the training")
-    parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--iteration", type=int, help="whose coefficient counts (the last)")
+    parser.add_argument("--batches", type=int, default=20, help="of the training (20)")
+    parser.add_argument("--iteration", type=int, help="whose coefficient counts (the last one)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="keys and values of the config")
     return parser.parse_args()
 

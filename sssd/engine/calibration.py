@@ -179,6 +179,9 @@ def binary_search(
 ) -> Iterator[ShortRun]:
     """The paper's search: short runs with the middle of an interval that is halved each time.
 
+    The middle is that of the logarithm (ours; the paper does not say): as near to a small
+    coefficient as to a large one, in proportion.
+
     Args:
         bounds: the interval at first; the paper's is [1, 100].
         share, tolerance: see :func:`closed_form`.
@@ -189,7 +192,7 @@ def binary_search(
     check_share(share)
     low, high = bounds
     for _ in range(_RUNS):
-        run = measure(cfg, (low + high) / 2, iterations)
+        run = measure(cfg, math.sqrt(low * high), iterations)
         yield run
         if abs(run.share - share) <= tolerance:
             return
@@ -218,6 +221,7 @@ class _ShortTrainer(Trainer):
     def __init__(self, cfg: CfgNode, iterations: int) -> None:
         super().__init__(cfg)
         self.max_iter = iterations
+        self._trainer.save_last_good = None
 
     def build_hooks(self) -> list[HookBase]:
         self.recorder = _Recorder()
@@ -239,5 +243,7 @@ class _Recorder(HookBase):
         if not comm.is_main_process():
             return
         latest: dict[str, Any] = self.trainer.storage.latest()
+        if latest.get("total_loss", (0.0, -1))[1] != self.trainer.iter:
+            return  # skipped: a loss was not finite
         detection = latest["total_loss"][0] - latest["loss_distill"][0]
         self.series.append((detection, latest["loss_distill/distance"][0]))

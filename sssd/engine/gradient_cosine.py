@@ -10,11 +10,14 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ..losses import ShareController
 from ..meta_arch import SelfDistiller
 
 __all__ = ["Agreement", "gradient_agreement"]
 
 # N: batches.
+
+_PIECE = 1 << 20  # elements that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def gradient_agreement(
 ) -> dict[str, Agreement]:
     """Compares the gradients of the student's own detection losses and of the distillation term.
 
-    The model computes as in training, but nothing of it changes, running statistics apart. The
+    The model computes as in training, but nothing of it changes, running statistics apart: a share
+    controller begins each batch with the averages that it has now. The
     gradients of all batches are kept in the memory of the host: eight bytes for each parameter of
     the backbone and batch.
 
@@ -123,8 +127,11 @@ def gradient_agreement(
         "bottom_up" (the backbone below the pyramid) and "pyramid" (what makes the maps of it).
 
     Raises:
-        ValueError: in that iteration the distance does not train the student.
+        ValueError: in that iteration the distance does not train the student, or there are no
+            batches to take.
     """
+    if count < 1:
+        raise ValueError(f"{count} batches have no gradients: take at least one.")
     if not model.phases.distills(iteration):
         raise ValueError(
             f"In iteration {iteration} the distance does not train the student "
@@ -139,11 +146,15 @@ def gradient_agreement(
     parts = {name: members for name, members in parts.items() if members}
     detection: dict[str, list[Tensor]] = {name: [] for name in parts}
     distillation: dict[str, list[Tensor]] = {name: [] for name in parts}
+    controllers = [m for m in model.modules() if isinstance(m, ShareController)]
+    averages = [controller.averages.clone() for controller in controllers]
     was_training = model.training
     model.train()
     for batch in itertools.islice(batches, count):
         with EventStorage(iteration):
             losses = model(batch)
+        for controller, values in zip(controllers, averages, strict=True):
+            controller.averages.copy_(values)
         own = [x for name, x in losses.items() if not name.startswith(("teacher_", "loss_distill"))]
         for loss, kept in ((sum(own), detection), (losses["loss_distill"], distillation)):
             gradient = _gradient(loss, trained)
@@ -161,7 +172,12 @@ def gradient_agreement(
 
 
 def _products(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([[float(a @ b) for b in columns] for a in rows], dtype=torch.float64)
+    """Inner products of each with each; in float32, sums of millions are not exact enough."""
+    total = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    for parts in zip(*(v.split(_PIECE) for v in (*rows, *columns)), strict=True):
+        piece = torch.stack(parts).double()
+        total += piece[: len(rows)] @ piece[len(rows) :].T
+    return total
 
 
 def _gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from sssd.engine.calibration import (
 )
 from tests.coco_files import register_coco
 from tests.conftest import REPOSITORY
-from tests.detectors import tiny_config
+from tests.detectors import build, tiny_config
 
 
 @pytest.fixture
@@ -103,7 +103,15 @@ def test_the_papers_search_halves_its_interval(cfg, monkeypatch):
 
     monkeypatch.setattr(calibration, "measure", run)
     *_, last = binary_search(cfg, 0.45, 8, tolerance=0.005)
-    assert asked[:3] == [50.5, 25.75, 38.125]  # 32.7 is the root
+    assert asked[:3] == pytest.approx([10.0, 31.6228, 56.2341])  # 32.7 is the root
+    for root in (1.1, 9.3, 90.0):  # small and large ones alike
+        loss = 0.1 * root * 0.55 / 0.45
+        monkeypatch.setattr(
+            calibration, "measure", lambda cfg, c, n, x=loss: ShortRun(c, [x], [0.1])
+        )
+        *_, found = binary_search(cfg, 0.45, 8, tolerance=0.005)
+        assert abs(found.share - 0.45) <= 0.005
+    monkeypatch.setattr(calibration, "measure", run)
     assert last.coefficient == pytest.approx(32.7, abs=0.7) and abs(last.share - 0.45) <= 0.005
     with pytest.raises(ValueError, match=r"share 80.0% is not to be had .* from 1 to 100"):
         list(binary_search(cfg, 0.8, 8, tolerance=0.005))
@@ -160,6 +168,25 @@ def test_by_default_the_share_is_that_of_lgd(tool, cfg, capsys):
     assert key == "MODEL.SSSD.COEFFICIENT.VALUES"
     assert second / first == pytest.approx(80 / 60, rel=1e-3)
     assert abs(measure(cfg, first, 8).share - target) < 0.01
+
+
+@pytest.mark.parametrize(("schedule", "values"), [("share", "[0, 1000]"), ("linear", "[0, 50]")])
+def test_the_lines_are_those_of_a_config_that_can_be_trained(tool, cfg, capsys, schedule, values):
+    before = ["MODEL.SSSD.COEFFICIENT.SCHEDULE", schedule, "MODEL.SSSD.COEFFICIENT.VALUES", values]
+    tool("--iterations", "2", "--share", "0.4", *before)
+    lines = capsys.readouterr().out.splitlines()
+    printed = [x for line in lines[-2:] for x in line.split(" ", 1)]
+    cfg.merge_from_list([*before, *printed])
+    assert build(cfg).schedule(0) == pytest.approx(float(printed[3].strip("[]")))
+
+
+def test_a_short_run_that_is_not_finite_saves_nothing(cfg):
+    cfg.merge_from_list(["SOLVER.BASE_LR", 1e12, "SOLVER.CLIP_GRADIENTS.ENABLED", False])
+    with pytest.raises(FloatingPointError):
+        measure(cfg, 7.0, 8)
+    assert not os.path.exists(cfg.OUTPUT_DIR)
+    cfg.MODEL.SSSD.SOLVER.MAX_SKIPPED = 100
+    assert len(measure(cfg, 7.0, 8).detection) < 8  # of those that were not skipped
 
 
 def test_a_share_that_is_none_is_refused(tool, capsys):
