@@ -79,7 +79,8 @@ def report(args: argparse.Namespace) -> None:
             f"{cfg.MODEL.META_ARCHITECTURE!r}): name the config of a self-distilled training."
         )
     cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH = True  # so that its teacher is loaded
-    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
+    records = chosen_records(dataset, args.images, args.ids)
     cfg.DATASETS.TEST = (dataset,)
     model = load(cfg)
     baseline = None
@@ -90,12 +91,11 @@ def report(args: argparse.Namespace) -> None:
         baseline = load(plain)
 
     mapper = ground_truth_mapper(cfg)
-    records = chosen_records(dataset, args.images, args.ids)
     classes = MetadataCatalog.get(dataset).thing_classes
     inputs = [mapper(record) for record in records]
     views = [view_pyramids(model, image) for image in inputs]
     highest = max(level.distance.max() for view in views for level in view.levels.values())
-    reports = []
+    reports, stems = [], [Path(record["file_name"]).stem for record in records]
     for record, mapped, view in zip(records, inputs, views, strict=True):
         image = detection_utils.read_image(record["file_name"], "RGB")
         found = {"student": view.student, "teacher, with the ground truth": view.teacher}
@@ -107,6 +107,8 @@ def report(args: argparse.Namespace) -> None:
             kept = instances[instances.scores >= args.threshold].to("cpu")
             pictures.append(draw_boxes(title, image, kept, classes))
         name = Path(record["file_name"]).stem
+        if stems.count(name) > 1:  # of other folders
+            name += f"_{record['image_id']}"
         reports.append(PictureReport(name, pictures, draw_levels(view, highest)))
     args.output.mkdir(parents=True, exist_ok=True)
     draw_overview(args.output / "overview.png", reports)
@@ -139,9 +141,22 @@ def load(cfg: CfgNode) -> nn.Module:
 
 
 def chosen_records(dataset: str, count: int, ids: list[str]) -> list[dict]:
-    """The records of some images, or the first ones."""
+    """The records of some images, or the first ones.
+
+    Raises:
+        ValueError: there is no such dataset or image, or nothing to show.
+    """
+    if dataset not in DatasetCatalog.list():
+        raise ValueError(
+            f"There is no dataset {dataset!r}: give --dataset, or DATASETS.TEST of the config, the "
+            "name of one that is registered."
+        )
     records = DatasetCatalog.get(dataset)
     if not ids:
+        if count < 1 or not records:
+            raise ValueError(
+                f"{count} images of {dataset}, which has {len(records)}, show nothing."
+            )
         return records[:count]
     by_id = {str(record["image_id"]): record for record in records}
     unknown = [i for i in ids if i not in by_id]

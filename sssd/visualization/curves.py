@@ -18,13 +18,14 @@ __all__ = ["PANELS", "plot_panels", "plot_runs", "read_metrics"]
 Line = Mapping[str, float]
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> Any:
     """The lines of a metrics.json, or of what tools/compare.py keeps of one.
 
     An unfinished last line (a run in progress) is left out.
 
     Args:
-        path: of a file ``metrics.json``, or of one whose name ends in ``_metrics.json.gz``.
+        path: of a file ``metrics.json``, or of one whose name ends in ``_metrics.json.gz``; of a
+            classifier that has the lines of each stage by its name.
     """
     path = Path(path)
     if path.suffix == ".gz":

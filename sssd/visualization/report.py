@@ -17,6 +17,7 @@ from .pyramids import PyramidView
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.patches import Patch, Rectangle
 
 __all__ = [
@@ -29,7 +30,9 @@ __all__ = [
     "write_report",
 ]
 
-_WIDTH = 480  # pixels of a picture in the report
+# Pixels of a picture in the report: a small one is enlarged to this width, one with a longer side
+# than that made smaller. A page of originals would open on no phone.
+_WIDTH, _LONGEST = 480, 960
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def draw_boxes(
 
     Args:
         title: of the picture.
-        image: (H, W, 3) uint8, RGB.
+        image: (H, W, 3) uint8, RGB; a large one is drawn smaller.
         instances: with ``gt_boxes`` and ``gt_classes``, or ``pred_boxes``, ``pred_classes`` and
             ``scores``, in pixels of the image.
         class_names: names by class index.
@@ -97,11 +100,24 @@ def draw_boxes(
     labels = names
     if scored:
         labels = [f"{n} {s:.2f}" for n, s in zip(names, instances.scores.tolist(), strict=True)]
+    shrunk = min(1.0, _LONGEST / max(image.shape[:2]))
+    if shrunk < 1:
+        height, width = (max(1, round(shrunk * side)) for side in image.shape[:2])
+        boxes = boxes * boxes.new_tensor([width / image.shape[1], height / image.shape[0]] * 2)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX))
     scale = max(1.0, _WIDTH / image.shape[1])  # legible on small pictures
     visualizer = Visualizer(image, scale=scale, instance_mode=ColorMode.IMAGE)
-    colors = [f"C{c}" for c in classes]
+    colors = [_color(c) for c in classes]
     drawn = visualizer.overlay_instances(boxes=boxes, labels=labels, assigned_colors=colors)
     return Picture(title, drawn.get_image(), ColoredBoxes(image, boxes.numpy(), names, colors))
+
+
+def _color(number: int) -> str:
+    """Of a class; matplotlib's own ten, then hues that stay apart."""
+    if number < 10:
+        return f"C{number}"
+    golden = 0.618034
+    return to_hex(hsv_to_rgb((number * golden % 1, 0.9, 0.9 if number % 2 else 0.6)))
 
 
 def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
@@ -118,7 +134,7 @@ def draw_levels(view: PyramidView, highest: float) -> dict[str, list[Picture]]:
         levels[name] = [
             Picture(f"{name}, student", _colored(level.student / most, "viridis")),
             Picture(f"{name}, teacher", _colored(level.teacher / most, "viridis")),
-            Picture(f"{name}, distance", _colored(level.distance / highest, "magma")),
+            Picture(f"{name}, distance", _colored(level.distance / max(highest, 1e-12), "magma")),
         ]
     return levels
 

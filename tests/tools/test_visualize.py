@@ -1,11 +1,14 @@
 """tools/visualize.py on trainings of its own."""
 
+import gzip
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from sssd.engine import Trainer
@@ -67,6 +70,9 @@ def test_the_report_has_all_sides_of_each_picture(trained, call, tmp_path):
         (lambda args, trained: args | {"--config-file": trained["plain"][0]}, "trains no teacher"),
         (lambda args, trained: args | {"--ids": "77"}, "tiny_coco has no image with the id 77"),
         (lambda args, trained: args | {"--baseline-config": "x.yaml"}, "needs both"),
+        (lambda args, trained: args | {"--dataset": "tiny_cocoo"}, "no dataset 'tiny_cocoo'"),
+        (lambda args, trained: args | {"--images": "0"}, "0 images of tiny_coco, .* show nothing"),
+        (lambda args, trained: {**args, "DATASETS.TEST": "()"}, "no dataset ''"),
     ],
 )
 def test_what_cannot_be_shown_is_one_sentence(trained, call, tmp_path, change, sentence):
@@ -77,6 +83,40 @@ def test_what_cannot_be_shown_is_one_sentence(trained, call, tmp_path, change, s
     args = {"--config-file": config, "--weights": weights, "--output": tmp_path / "out"}
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         call("report", *[x for pair in change(args, trained).items() for x in pair])
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(trained, call, tmp_path):
+    records = DatasetCatalog.get("tiny_coco")[:2]
+    copies = []
+    for number, record in enumerate(records):
+        path = tmp_path / str(number) / "x.png"
+        path.parent.mkdir()
+        shutil.copy(record["file_name"], path)
+        copies.append({**record, "file_name": str(path)})
+    DatasetCatalog.register("twins", lambda: copies)
+    MetadataCatalog.get("twins").set(thing_classes=MetadataCatalog.get("tiny_coco").thing_classes)
+    config, weights = trained["sssd"]
+    try:
+        call("report", "--config-file", config, "--weights", weights, "--dataset", "twins",
+             "--output", tmp_path / "out")  # fmt: skip
+    finally:
+        DatasetCatalog.remove("twins")
+        MetadataCatalog.remove("twins")
+    names = [f"x_{record['image_id']}" for record in records]
+    text = (tmp_path / "out/index.html").read_text()
+    assert all(f'alt="{name}: ground truth"' in text for name in names)
+    assert all((tmp_path / "out" / f"{name}_ground_truth.png").is_file() for name in names)
+
+
+def test_a_run_of_classifiers_has_the_curves_of_each_stage(tmp_path):
+    path = tmp_path / "kd/seed1_metrics.json.gz"
+    path.parent.mkdir()
+    stages = {"teacher": [{"iteration": 1, "lr": 0.1}], "student": [{"iteration": 1, "lr": 0.2}]}
+    path.write_bytes(gzip.compress(json.dumps(stages).encode()))
+    tool = runpy.run_path(str(REPOSITORY / "tools/visualize.py"))
+    assert tool["runs_of"]([path]) == {
+        "seed1/teacher": stages["teacher"], "seed1/student": stages["student"]
+    }  # fmt: skip
 
 
 def test_curves_name_runs_by_the_parts_in_which_they_differ(tmp_path, call, capsys):

@@ -114,6 +114,26 @@ def test_small_pictures_are_enlarged_so_that_labels_can_be_read():
     assert draw_boxes("", black, instances[:0], ["a"]).pixels.max() == 0
 
 
+def test_large_pictures_are_made_smaller_and_their_boxes_with_them():
+    image = np.full((1500, 2000, 3), 200, np.uint8)
+    instances = Instances((1500, 2000))
+    instances.gt_boxes = Boxes(torch.tensor([[500.0, 300.0, 1500.0, 1200.0]]))
+    instances.gt_classes = torch.tensor([0])
+    picture = draw_boxes("", image, instances, ["a"])
+    assert picture.pixels.shape == picture.boxes.image.shape == (720, 960, 3)
+    assert picture.boxes.corners.tolist() == [[240.0, 144.0, 720.0, 576.0]]
+    changed = (abs(picture.pixels.astype(int) - 200) > 20).any(2)
+    assert changed[300, 237:244].any() and changed[300, 717:724].any()
+    assert not changed[200:500, 300:700].any()
+
+
+def test_more_than_ten_classes_have_colours_of_their_own():
+    instances = Instances((48, 64), gt_boxes=Boxes(torch.tensor([[1.0, 1.0, 9.0, 9.0]] * 80)))
+    instances.gt_classes = torch.arange(80)
+    boxes = draw_boxes("", np.zeros((48, 64, 3), np.uint8), instances, [*"abcdefgh"] * 10).boxes
+    assert len({to_rgb(color) for color in boxes.colors}) == 80
+
+
 def test_the_overview_has_boxes_in_the_colours_that_it_names(tmp_path):
     image = np.full((48, 64, 3), 255, np.uint8)
     corners = torch.tensor([[10.0, 10.0, 30.0, 30.0], [35.0, 10.0, 55.0, 30.0]])
@@ -148,7 +168,8 @@ def test_maps_of_a_level_share_a_scale_and_distances_that_of_the_report():
 def test_a_map_of_zeros_is_no_division_by_zero():
     level = LevelView(*[np.zeros((2, 2), np.float32)] * 3)
     with np.errstate(all="raise"):
-        draw_levels(PyramidView({"p3": level}, None, None, None), highest=1.0)
+        for highest in (0.0, 1.0):
+            draw_levels(PyramidView({"p3": level}, None, None, None), highest=highest)
 
 
 @pytest.mark.parametrize("count", [1, 3])
