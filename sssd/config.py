@@ -11,8 +11,9 @@ __all__ = ["add_sssd_config"]
 def add_sssd_config(cfg: CN) -> None:
     """Adds the keys of sssd to a Detectron2 config; call it right after ``get_cfg()``.
 
-    The defaults are the published recipe. Where the paper does not give a value, the comment says
-    whose choice it is.
+    The defaults are the published recipe for Faster R-CNN; where RetinaNet and FCOS differ,
+    docs/method.md says so, and the configs have it. Where the paper does not give a value, the
+    comment says whose choice it is.
     """
     cfg.MODEL.SSSD = CN()
 
@@ -174,13 +175,15 @@ def add_sssd_config(cfg: CN) -> None:
     # Map from which the two coarsest levels are computed, with
     # build_retinanet_resnet_fpn_backbone; empty to take the backbone as it is built ("res5").
     cfg.MODEL.SSSD.FCOS.TOP_BLOCK_IN_FEATURE = "p5"
-    # Convolutions in each of the two towers, and their normalisation.
+    # Convolutions in each of the two towers.
     cfg.MODEL.SSSD.FCOS.NUM_CONVS = 4
+    # Their normalisation; "" for none.
     cfg.MODEL.SSSD.FCOS.NORM = "GN"
     # Probability of a class before training, for the bias of the classifier.
     cfg.MODEL.SSSD.FCOS.PRIOR_PROB = 0.01
     # Radius, in cells, around an object's centre within which a cell is positive.
     cfg.MODEL.SSSD.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # Weight of the positive cells in the focal loss, and its exponent.
     cfg.MODEL.SSSD.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.SSSD.FCOS.FOCAL_LOSS_GAMMA = 2.0
     # Detection: least root of class score times centreness, candidates kept for the
@@ -196,6 +199,7 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.CLASSIFIER.NETWORK = ""
     # Further arguments of that network, such as drop_rate.
     cfg.MODEL.SSSD.CLASSIFIER.NETWORK_OPTIONS = CN(new_allowed=True)
+    # Number of classes.
     cfg.MODEL.SSSD.CLASSIFIER.NUM_CLASSES = 10
     # Height and width of the images in pixels, and how they are augmented: "none", "crop",
     # "crop_flip" or "resized_crop".
@@ -214,6 +218,7 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.CLASSIFIER.TEACHER.NETWORK = ""
     # Its checkpoint; "" to train it in a first stage, by TEACHER.TERMS.
     cfg.MODEL.SSSD.CLASSIFIER.TEACHER.WEIGHTS = ""
+    # The loss of that stage.
     cfg.MODEL.SSSD.CLASSIFIER.TEACHER.TERMS = [{"name": "cross_entropy"}]
 
     # Stages before that of TERMS, each of which hands its student and its terms to the next: dicts

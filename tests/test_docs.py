@@ -153,10 +153,7 @@ def test_the_index_lists_every_page_and_every_config():
     prefixes = {p for line in table for p in re.findall(r"`(\w+)`", line.rsplit(" | ", 1)[1])}
     there = {re.split(r"_(?:cifar_)?resnet\d", path.stem)[0] for path in CONFIGS.glob("*.yaml")}
     assert prefixes == there - {"kd_at_cs_kd"}
-    readme = README.read_text()
-    assert {f"docs/methods/{page.name}" for page in PAGES} <= set(
-        re.findall(r"\]\(([^)#]+)\)", readme)
-    )
+    assert "docs/methods/README.md" in README.read_text()
 
 
 def flatten(node, prefix):

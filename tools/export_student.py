@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes the student of a training checkpoint as a stock model with its config.
 
-    tools/export_student.py output/demo/sssd/model_final.pth --output output/student
+    tools/export_student.py output/demo/model_final.pth --output output/student
 
 Of a detector the folder then holds ``model.pth`` (weights only) and ``config.yaml`` (no key of
 sssd): what Detectron2's own tools need for prediction, test-time augmentation, tracing or ONNX.
