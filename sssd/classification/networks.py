@@ -1,6 +1,7 @@
 """Classification networks by name, and where they make their logits."""
 
 import difflib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,17 @@ def build_network(name: str, *, num_classes: int, in_chans: int = 3, **kwargs: A
             below 1, or a network of torchvision was asked for other than 3 channels.
         ImportError: timm is not installed.
     """
+    try:
+        return _build(name, num_classes, in_chans, kwargs)
+    except TypeError as error:
+        given = ", ".join(f"{option} {value!r}" for option, value in kwargs.items())
+        raise ValueError(
+            f"The network {name!r} cannot be made with {given or 'its defaults'} ({error}): "
+            "correct MODEL.SSSD.CLASSIFIER.NETWORK_OPTIONS."
+        ) from error
+
+
+def _build(name: str, num_classes: int, in_chans: int, kwargs: Mapping[str, Any]) -> nn.Module:
     if num_classes < 1:
         raise ValueError(
             f"The network {name!r} was asked for {num_classes} classes: give num_classes of at "

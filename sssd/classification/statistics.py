@@ -21,8 +21,9 @@ def statistics_held(network: nn.Module) -> Iterator[None]:
     # In training mode a layer without running statistics normalises by the batch. In evaluation
     # nothing moves.
     training = [entry for entry in kept if entry[0].training]
-    for layer, *_ in training:
-        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    for layer, _, _, count in training:
+        layer.running_mean = layer.running_var = None
+        layer.num_batches_tracked = count.clone()  # SyncBatchNorm counts, whatever there is to keep
     try:
         yield
     finally:

@@ -194,9 +194,19 @@ def build_terms(specs: Sequence[TermSpec], surroundings: Surroundings, max_iter:
                 f"The term {name!r} needs networks that learn beside the student: list their "
                 "names in MODEL.SSSD.CLASSIFIER.PEERS."
             )
-        count = sum(other.rstrip("0123456789") == name for other in terms)
-        key = f"{name}{count + 1}" if count else name
-        terms[key], weights[key] = cls(surroundings, **options), _weight(name, weight, max_iter)
+        key, count = name, 1
+        while key in terms:
+            count += 1
+            key = f"{name}{count}"
+        try:
+            terms[key] = cls(surroundings, **options)
+        except TypeError as error:
+            given = ", ".join(f"{option} {value!r}" for option, value in options.items())
+            raise ValueError(
+                f"The term {name!r} cannot be made with {given or 'its defaults'} ({error}): "
+                "correct the type of its options."
+            ) from error
+        weights[key] = _weight(name, weight, max_iter)
     return Terms(terms, weights)
 
 

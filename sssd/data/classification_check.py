@@ -59,8 +59,14 @@ def check_classification_dataset(name: str, num_classes: int) -> ClassificationR
             f"{len(classes)}, or correct DATASETS.TRAIN and DATASETS.TEST."
         )
     counts = [0] * num_classes
+    positions: dict[int, int] = {}
     for position, record in enumerate(records):
         complaint = _complaint(record, num_classes)
+        if complaint is None and positions.setdefault(record["image_id"], position) != position:
+            complaint = (
+                f"has the image_id {record['image_id']} of record {positions[record['image_id']]}, "
+                "and an accuracy counts each once: number the images of a dataset through"
+            )
         if complaint is not None:
             raise DatasetError(f"Record {position} of the dataset {name!r} {complaint}.")
         counts[record["label"]] += 1

@@ -11,7 +11,7 @@ from detectron2.data import detection_utils
 from torchvision.transforms import v2
 
 from .classification_check import image_complaint
-from .mapper import ImageError
+from .mapper import ImageError, check_depth
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop")
 
@@ -118,4 +118,5 @@ def _read_image(record: dict[str, Any]) -> torch.Tensor:
             raise ImageError(
                 f"The image {path} cannot be read ({error}): fetch it again, or remove the file."
             ) from error
+        check_depth(path)
     return torch.from_numpy(image.transpose(2, 0, 1).copy())

@@ -43,7 +43,7 @@ class CheckedDatasetMapper(DatasetMapper):
                     f"({in_words(error)}): check its annotations, and INPUT in the config."
                 )
             raise ImageError(complaint) from error
-        _check_depth(dataset_dict["file_name"])
+        check_depth(dataset_dict["file_name"])
         return mapped
 
 
@@ -79,7 +79,7 @@ def _complaint(dataset_dict: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_depth(path: str) -> None:
+def check_depth(path: str) -> None:
     """Detectron2 cuts the values of an image of 16 or 32 bits off at 255, and most become white."""
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
         if image.mode[0] in "IF":

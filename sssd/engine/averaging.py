@@ -99,6 +99,7 @@ def evaluate_with_average(
     evaluate: Callable[[], dict[str, Any] | None],
     averaged: AveragedWeights | None,
     several: bool = False,
+    is_averaged: Callable[[str], bool] = lambda task: True,
 ) -> dict[str, Any] | None:
     """Evaluates what is saved: the weights, and where there are averaged ones, those as well.
 
@@ -108,6 +109,7 @@ def evaluate_with_average(
         evaluate: gives task -> figures, or with several datasets name -> task -> figures.
         averaged: of the model.
         several: datasets.
+        is_averaged: False for tasks that evaluate more than the student's averaged weights.
 
     Returns:
         What ``evaluate`` gives, and what it gives of the average under "averaged/<task>".
@@ -119,19 +121,29 @@ def evaluate_with_average(
     with averaged.in_place():
         of_average = evaluate()
     results = evaluate()
-    return with_averaged(results, of_average, several) if results else results
+    return with_averaged(results, of_average, several, is_averaged) if results else results
 
 
-def with_averaged(results: dict[str, Any], averaged: dict[str, Any], several: bool) -> dict:
+def with_averaged(
+    results: dict[str, Any],
+    averaged: dict[str, Any],
+    several: bool,
+    is_averaged: Callable[[str], bool] = lambda task: True,
+) -> dict:
     """Results of the averaged weights beside those of the weights.
 
     Args:
         results, averaged: task -> figures, or with several datasets name -> task -> figures.
         several: datasets.
+        is_averaged: False for tasks of the second that are left out.
 
     Returns:
         The first with those of the second under "averaged/<task>".
     """
     if several:
-        return {name: with_averaged(results[name], averaged[name], False) for name in results}
-    return {**results, **{f"{AVERAGED}/{task}": figures for task, figures in averaged.items()}}
+        return {
+            name: with_averaged(results[name], averaged[name], False, is_averaged)
+            for name in results
+        }
+    kept = {f"{AVERAGED}/{task}": x for task, x in averaged.items() if is_averaged(task)}
+    return {**results, **kept}

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..classification.term import Term, term_class
-from ..data.classification_check import check_classification_dataset
+from ..data.classification_check import check_classification_dataset, check_same_classes
 from ..data.classification_loader import (
     build_classification_test_loader,
     build_classification_train_loader,
@@ -22,6 +22,7 @@ from ..data.classification_loader import (
 from ..data.classification_mapper import ClassificationMapper
 from ..data.train_loader import part_of_batch
 from ..evaluation import ClassificationEvaluator
+from ..evaluation.topk import TASK
 from ..weights_file import read_checkpoint_file
 from .hooks import TermWeights
 from .optimizer import hold_frozen_parameters
@@ -111,14 +112,36 @@ class ClassificationTrainer(Trainer):
         # First, so that every writer of the same iteration finds the values.
         return [TermWeights(self.checkpointer.model), *super().build_hooks()]
 
+    def with_precise_bn(self, model: nn.Module) -> nn.Module:
+        return _Classifying(self.checkpointer.model)
+
+    @staticmethod
+    def is_averaged(task: str) -> bool:
+        return task == TASK  # heads, branches and peers have weights of their own
+
     def run_step(self) -> None:
         model = self.checkpointer.model
         try:
             for learner in range(model.num_learners):
                 model.learner = learner
+                self._trainer.prefix = f"peer{learner}_" if learner else ""
                 super().run_step()
         finally:
             model.learner = 0
+            self._trainer.prefix = ""
+
+
+class _Classifying(nn.Module):
+    """Of a distiller, what an evaluation runs: other terms have layers that a pass without
+    gradients leaves out, and PreciseBN would take that for a batch of zeros."""
+
+    def __init__(self, distiller: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(distiller.classifying)
+        self._pass = distiller.forward
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        return self._pass(batched_inputs)
 
 
 class _Repeated:
@@ -157,10 +180,12 @@ def check_classification_data(cfg: CfgNode) -> None:
     """Checks the datasets of a config, and counts them in the log.
 
     Raises:
-        ValueError: they do not have the number of classes or channels that the network has.
+        ValueError: they do not have the number of classes or channels that the network has, or a
+            label means one thing in one of them and another in the next.
     """
     channels = len(cfg.MODEL.PIXEL_MEAN)
-    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+    names = list(dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+    for name in names:
         report = check_classification_dataset(name, cfg.MODEL.SSSD.CLASSIFIER.NUM_CLASSES)
         others = report.channels - {channels}
         if others:
@@ -171,6 +196,8 @@ def check_classification_data(cfg: CfgNode) -> None:
             )
         if comm.is_main_process():
             logger.info(report.summary())
+    if names:
+        check_same_classes(*names)
 
 
 def _terms_of(path: str) -> dict[str, dict[str, Tensor]]:

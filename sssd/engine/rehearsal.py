@@ -57,6 +57,11 @@ def rehearse(model: ClassificationDistiller, size: int) -> list[str]:
             model.eval()
             with torch.no_grad():
                 model(inputs)
+        except TypeError as error:
+            raise ValueError(
+                f"The first step of MODEL.SSSD.CLASSIFIER.TERMS fails ({error}): correct the types "
+                "of their options."
+            ) from error
         except (AssertionError, RuntimeError) as error:
             shape = (channels, size, size)
             raise ValueError(cannot_take(model.student, shape, error)) from error

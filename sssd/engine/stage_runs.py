@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
@@ -13,15 +14,16 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..evaluation.ensemble import NetworkEnsemble
-from .checkpoint import Checkpointer, set_earlier_run_aside
+from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .classification import (
     ClassificationTrainer,
     check_classification_data,
     teacher_of_main,
 )
+from .config_file import flat_keys
 from .files import write_whole
 from .output import check_output_folder
-from .processes import file_of_main, from_main
+from .processes import file_of_main, from_main, on_main
 from .rehearsal import rehearse
 from .stages import RESULTS, Stage, plan_stages
 from .trainer import without_workers
@@ -29,6 +31,8 @@ from .trainer import without_workers
 __all__ = ["rehearse_stages", "run_stages"]
 
 logger = logging.getLogger("sssd")
+
+_CONFIG = "stage_config.yaml"
 
 
 def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -56,8 +60,7 @@ def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         _forget(stages)
     results = {}
     for stage in stages:
-        complete = os.path.isfile(stage.results) and os.path.isfile(stage.weights)
-        if resume and from_main(complete):
+        if resume and _is_complete_on_main(stage, alone=len(stages) == 1):
             logger.info("The stage %r is complete: left as it is.", stage.name)
             with file_of_main(stage.results) as file, open(file) as f:
                 results[stage.name] = json.load(f)
@@ -70,6 +73,41 @@ def run_stages(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         results["ensemble"] = _evaluate_generations(stages)
     _write(os.path.join(cfg.OUTPUT_DIR, RESULTS), results)
     return results
+
+
+def _is_complete(stage: Stage, *, alone: bool) -> bool:
+    """Whether a stage was trained as long, and evaluated on the same images, as is wanted now.
+
+    Raises:
+        CheckpointError: of several stages one is complete, and its schedule was another: what was
+            learned from it would have to begin anew.
+    """
+    if not (os.path.isfile(stage.results) and os.path.isfile(stage.weights)):
+        return False
+    path = os.path.join(stage.cfg.OUTPUT_DIR, _CONFIG)
+    if not os.path.isfile(path):
+        return True
+    with open(path) as file:
+        before = flat_keys(yaml.safe_load(file))
+    now = flat_keys(yaml.safe_load(stage.cfg.dump()))
+    changed = [
+        key
+        for key in before.keys() & now.keys()
+        if before[key] != now[key] and key.startswith(("SOLVER.", "DATASETS.TEST"))
+    ]
+    if any(key.startswith("SOLVER.") for key in changed) and not alone:
+        raise CheckpointError(
+            f"The stage {stage.name!r} in {stage.cfg.OUTPUT_DIR} is complete with another schedule "
+            f"({', '.join(sorted(changed))}): of several stages none can be made longer; choose "
+            "another OUTPUT_DIR."
+        )
+    return not changed
+
+
+def _is_complete_on_main(stage: Stage, *, alone: bool) -> bool:
+    answer: list[bool] = []
+    on_main(lambda: answer.append(_is_complete(stage, alone=alone)))
+    return from_main(answer == [True])
 
 
 def rehearse_stages(stages: list[Stage], resume: bool) -> None:
@@ -124,7 +162,7 @@ def _forget(stages: list[Stage]) -> None:
 def _train(stage: Stage, resume: bool) -> dict[str, Any]:
     cfg = stage.cfg
     if comm.is_main_process():
-        _write_whole(os.path.join(cfg.OUTPUT_DIR, "stage_config.yaml"), cfg.dump())
+        _write_whole(os.path.join(cfg.OUTPUT_DIR, _CONFIG), cfg.dump())
     comm.synchronize()
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     trainer = ClassificationTrainer(cfg)

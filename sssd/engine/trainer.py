@@ -144,6 +144,11 @@ class Trainer(DefaultTrainer):
         # A teacher from random weights would be evaluated without a word.
         return ["sssd"] if _evaluates_teacher(cfg, model) else []
 
+    def with_precise_bn(self, model: nn.Module) -> nn.Module:
+        """What TEST.PRECISE_BN computes running statistics of: all of its layers have to run in a
+        pass in training mode without gradients."""
+        return model
+
     def build_hooks(self) -> list[HookBase]:
         cfg, model = self.cfg, self._trainer.model
         loaders = {"train": self._trainer.data_loader}
@@ -151,7 +156,10 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             loaders["precise_bn"] = self.build_train_loader(without_workers(cfg))
             precise_bn = hooks.PreciseBN(
-                cfg.TEST.EVAL_PERIOD, model, loaders["precise_bn"], cfg.TEST.PRECISE_BN.NUM_ITER
+                cfg.TEST.EVAL_PERIOD,
+                self.with_precise_bn(model),
+                loaders["precise_bn"],
+                cfg.TEST.PRECISE_BN.NUM_ITER,
             )
         best_metric = ""
         if cfg.DATASETS.TEST:
@@ -177,8 +185,14 @@ class Trainer(DefaultTrainer):
             lambda: self.test(self.cfg, self._trainer.model),
             self.averaged,
             several=len(self.cfg.DATASETS.TEST) > 1,
+            is_averaged=self.is_averaged,
         )
         return self._last_eval_results
+
+    @staticmethod
+    def is_averaged(task: str) -> bool:
+        """Whether what a task evaluates has averaged weights where the student has."""
+        return True
 
     def resume_or_load(self, resume: bool = True) -> None:
         if not resume and comm.is_main_process():

@@ -80,6 +80,7 @@ class TrainingStep(SimpleTrainer):
         self.scaler = _scaler(self.device, enabled=precision == "float16")
         self.num_batches, self.max_skipped, self.num_skipped = num_batches, max_skipped, 0
         self._forward_state = _ForwardState(model)
+        self.prefix = ""  # of the total loss and the norm in the log, of one of several networks
         # Saves the state that the iteration before has left; returns the path of the file.
         self.save_last_good: Callable[[], str] | None = None
 
@@ -168,11 +169,11 @@ class TrainingStep(SimpleTrainer):
         storage = get_event_storage()
         storage.put_scalar("data_time", seconds)
         losses = {name: value for name, value in values.items() if name != _NORM}
-        storage.put_scalar("total_loss", sum(losses.values()))
+        storage.put_scalar(f"{self.prefix}total_loss", sum(losses.values()))
         if len(losses) > 1:
             storage.put_scalars(**losses)
         if _NORM in values:
-            storage.put_scalar(_NORM, values[_NORM])
+            storage.put_scalar(f"{self.prefix}{_NORM}", values[_NORM])
         if self.scaler.is_enabled():
             storage.put_scalar("loss_scale", self.scaler.get_scale(), smoothing_hint=False)
         if self.device.type == "cuda":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..classification import Batch, Capture, Surroundings, Terms, build_network, build_terms
 from ..classification.networks import classifier_of, load_network_weights
 from ..classification.statistics import statistics_held
+from ..classification.term import Term
 from ..losses import mean_ensemble, twice_differentiable
 from .passes import forked_random_state
 from .student_wrapper import StudentWrapper
@@ -144,8 +145,7 @@ class ClassificationDistiller(StudentWrapper):
         if not self.training:
             return self._classify(images)
         if not torch.is_grad_enabled():  # PreciseBN: only the running statistics are wanted
-            for network in self.networks:
-                network(images)
+            self._classify(images)
             return {}
         if self.teacher is not None and not self.teacher_is_trained:
             raise ValueError(
@@ -219,6 +219,12 @@ class ClassificationDistiller(StudentWrapper):
     def networks(self) -> list[nn.Module]:
         """The networks that learn: the student and its peers."""
         return [self.student, *self.training_parts["peers"]]
+
+    @property
+    def classifying(self) -> list[nn.Module]:
+        """What runs in an evaluation: the networks that learn, and the terms that predict."""
+        terms = self.training_parts["terms"][0].values()
+        return [*self.networks, *(t for t in terms if type(t).predict is not Term.predict)]
 
     @property
     def classifier_keys(self) -> set[str]:

@@ -109,3 +109,14 @@ def test_layers_without_statistics_and_of_other_kinds_are_left_alone(images):
     assert_same_buffers(network, kept)
     assert torch.equal(held, network(images))
     assert not torch.equal(network[1].running_mean, kept["1.running_mean"])
+
+
+def test_a_layer_that_counts_in_any_case_counts_elsewhere(images):
+    # SyncBatchNorm needs a counter to add to; without processes its forward is BatchNorm's.
+    network = torch.nn.SyncBatchNorm(3)
+    kept, objects = buffers(network), dict(network.named_buffers())
+    with statistics_held(network):
+        assert network.num_batches_tracked is not None
+        network.num_batches_tracked.add_(1)
+    assert_same_buffers(network, kept)
+    assert all(value is objects[key] for key, value in network.named_buffers())

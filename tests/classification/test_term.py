@@ -92,6 +92,29 @@ def test_several_terms_of_one_name_are_numbered(surroundings):
     torch.testing.assert_close(losses["loss_kd3"], 2 * losses["loss_kd2"])
 
 
+def test_a_name_that_ends_in_a_digit_is_a_name(surroundings, own_terms):
+    @register_term("at2")
+    class Mine(Term):
+        def __init__(self, surroundings, c=1.0):
+            super().__init__()
+            self.c = c
+
+    terms = make_terms(surroundings, *({"name": "at2", "c": c} for c in (1.0, 2.0)))
+    assert {name: term.c for name, term in terms.items()} == {"at2": 1.0, "at22": 2.0}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "one", "layer": "layer3", "branches": 2.5},
+        {"name": "own_teacher", "layers": [["a", "a"]], "deepest": "layer3"},
+    ],
+)
+def test_an_option_of_another_type_is_one_sentence(surroundings, spec):
+    with pytest.raises(ValueError, match=f"The term '{spec['name']}' cannot be made with .* type"):
+        make_terms(surroundings, spec)
+
+
 @pytest.mark.parametrize(
     ("weight", "iteration", "factor"),
     [

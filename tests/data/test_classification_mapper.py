@@ -135,6 +135,9 @@ def test_bad_images(tmp_path):
         with pytest.raises(ImageError) as caught:
             mapper({"file_name": str(path), "label": 1, "image_id": 2})
         assert f"The image {path} {message}" in str(caught.value)
+    Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(path)
+    with pytest.raises(ImageError, match="a.png has more than 8 bits a channel .* convert it"):
+        mapper({"file_name": str(path), "label": 1, "image_id": 2})
     with pytest.raises(ImageError, match="image_id 17 has an image of float64 and the shape"):
         mapper(record(GREY / 255))
 

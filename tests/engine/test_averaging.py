@@ -130,6 +130,13 @@ def test_a_classifier_is_averaged_too(tmp_path):
     trainer = ClassificationTrainer(cfg)
     trainer.train()
     assert {"classification", "averaged/classification"} <= trainer._last_eval_results.keys()
+    # Heads and branches have no averaged weights, so nothing of them is reported as averaged.
+    heads = ClassificationTrainer(
+        tiny_classifier("byot", tmp_path / "byot", "DATASETS.TEST", (TINY,), *AVERAGE)
+    )
+    heads.train()
+    averaged = [task for task in heads._last_eval_results if task.startswith("averaged/")]
+    assert averaged == ["averaged/classification"] and "head1" in heads._last_eval_results
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump())
     export_student(str(tmp_path / "model_final.pth"), str(path), str(tmp_path / "student"), True)

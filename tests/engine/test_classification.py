@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 pytest.importorskip("timm", reason="timm is not installed")
@@ -203,6 +203,62 @@ def test_a_failure_in_the_last_iteration_saves_no_best_checkpoint_of_it(
         assert torch.load(best, weights_only=True)["iteration"] < 2
     results = run_stages(cfg, resume=True)
     assert trained(cfg)["iteration"] == 2 and results["student"]["classification"]
+
+
+def test_each_mutual_learner_logs_a_total_loss_of_its_own(tmp_path):
+    run_stages(tiny_config("dml", tmp_path, KEYS + "PEERS", ["cifar_resnet14"],
+                           "SOLVER.MAX_ITER", 1))  # fmt: skip
+    line = json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+    for prefix in ("", "peer1_"):
+        losses = [v for k, v in line.items() if k.startswith(f"{prefix}loss_")]
+        assert losses and f"{prefix}grad_norm" in line
+        assert line[f"{prefix}total_loss"] == pytest.approx(sum(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["byot", "one", "fitnets", "dml"])
+def test_precise_bn_touches_what_runs_and_nothing_else(tmp_path, recipe):
+    cfg = plan_stages(
+        tiny_config(recipe, tmp_path, "TEST.PRECISE_BN.ENABLED", True,
+                    "TEST.PRECISE_BN.NUM_ITER", 2)
+    )[0].cfg  # fmt: skip
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    trainer = ClassificationTrainer(cfg)
+    trainer.train()
+    variances = {
+        name: buffer
+        for name, buffer in trainer.checkpointer.model.named_buffers(remove_duplicate=False)
+        if name.endswith("running_var")
+    }
+    model = trainer.checkpointer.model
+    for part in [*model.networks, *model.training_parts["terms"]]:
+        variances |= {
+            f"{id(part)}.{k}": v for k, v in part.named_buffers() if k.endswith("running_var")
+        }
+    assert variances and all((value > 0).all() for value in variances.values())
+
+
+def test_a_label_that_means_something_else_in_the_test_set_is_refused(tmp_path):
+    with registered("swapped", tiny_records()) as name:
+        MetadataCatalog.remove(name)
+        MetadataCatalog.get(name).classes = ["1", "0", *map(str, range(2, 10))]
+        cfg = tiny_config("ce", tmp_path, "DATASETS.TEST", (name,))
+        with pytest.raises(ValueError, match="label 0 is '0' in the dataset .* but '1' in"):
+            run_stages(cfg)
+
+
+def test_an_option_that_fails_in_the_first_step_is_one_sentence(tmp_path):
+    cfg = tiny_config("cs_kd", tmp_path, KEYS + "TERMS", [{"name": "class_pairs",
+                                                           "temperature": "4"}])  # fmt: skip
+    with pytest.raises(ValueError, match="first step of .*TERMS fails .* types of their options"):
+        run_stages(cfg)
+
+
+def test_an_image_id_that_comes_twice_is_refused(tmp_path):
+    records = [{**record, "image_id": i % 7} for i, record in enumerate(tiny_records())]
+    with registered("twice", records) as name:
+        cfg = tiny_config("ce", tmp_path, "DATASETS.TEST", (name,))
+        with pytest.raises(ValueError, match="Record 7 of .* has the image_id 0 of record 0"):
+            run_stages(cfg)
 
 
 # ---- What is left for others ----

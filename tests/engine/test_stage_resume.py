@@ -14,8 +14,10 @@ from tests.classifiers import (
     KEYS,
     TINY,
     assert_same,
+    registered,
     saved,
     tiny_config,
+    tiny_records,
     watched_trainings,
 )
 
@@ -135,6 +137,28 @@ def test_a_resume_of_a_complete_run_trains_nothing(tmp_path, trainings):
     trainings.clear()
     assert run_stages(cfg, resume=True) == results
     assert not trainings and files(plan_stages(cfg)) == before
+
+
+def test_a_complete_run_can_be_made_longer_or_evaluated_on_other_images(tmp_path):
+    cfg = tiny_config("ce", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1, *EVALUATED)
+    results = run_stages(cfg)
+    longer = tiny_config(
+        "ce", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1, *EVALUATED, "SOLVER.MAX_ITER", 5
+    )
+    run_stages(longer, resume=True)
+    assert saved(cfg.OUTPUT_DIR)["iteration"] == 4
+    with registered("others", tiny_records(each=8)) as name:
+        other = longer.clone()
+        other.DATASETS.TEST = (TINY, name)
+        found = run_stages(other, resume=True)["student"]
+    assert found.keys() == {TINY, "others"} and found.keys() != results["student"].keys()
+    assert saved(cfg.OUTPUT_DIR)["iteration"] == 4
+
+
+def test_of_several_stages_none_can_be_made_longer(tmp_path):
+    run_stages(tiny_config("kd", tmp_path))
+    with pytest.raises(CheckpointError, match=r"stage 'teacher' .*SOLVER.MAX_ITER.*: of several"):
+        run_stages(tiny_config("kd", tmp_path, "SOLVER.MAX_ITER", 5), resume=True)
 
 
 def test_a_resume_after_an_interrupted_evaluation_evaluates(tmp_path, monkeypatch):
