@@ -162,7 +162,8 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.LABELENC.WARMUP_ITERS = 30000
     # Iteration of step 2 at which the distance is cut off; 0 for the last of SOLVER.STEPS.
     cfg.MODEL.SSSD.LABELENC.AUXILIARY_ITERS = 0
-    # Keys and values in which step 1 differs, such as a smaller backbone.
+    # Keys and values in which step 1 differs, such as a shallower backbone whose stages are as wide
+    # (ResNet-50 for a ResNet-101).
     cfg.MODEL.SSSD.LABELENC.STEP1_OPTS = []
 
     # ---- Detectron2's FCOS, built by META_ARCHITECTURE or STUDENT "Detectron2FCOS" ----

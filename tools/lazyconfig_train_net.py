@@ -31,6 +31,7 @@ from sssd import SelfDistiller
 from sssd.engine import (
     AveragedWeights,
     Checkpointer,
+    CheckpointError,
     TrainingStep,
     argument_parser,
     begin_output,
@@ -115,7 +116,16 @@ def main(args: argparse.Namespace) -> None:
         do_train(args, cfg)
         return
     model = instantiate(cfg.model).to(cfg.train.device)
-    Checkpointer(model).load(cfg.train.init_checkpoint, checkpointables=[], whole=True)
+    checkpointer = Checkpointer(model, cfg.train.output_dir)
+    path = cfg.train.init_checkpoint
+    if args.resume and checkpointer.has_checkpoint():
+        path = checkpointer.get_checkpoint_file()
+    if not path:
+        raise CheckpointError(
+            "There is nothing to evaluate: name a checkpoint in train.init_checkpoint, or give "
+            "--resume for the last one of train.output_dir."
+        )
+    checkpointer.load(path, checkpointables=[], whole=True)
     do_test(cfg, distributed(model))
 
 

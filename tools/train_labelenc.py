@@ -62,6 +62,11 @@ if __name__ == "__main__":
     parser = argument_parser()
     parser.add_argument("--step", type=int, choices=(1, 2), help="one step alone")
     args = parser.parse_args()
+    if args.eval_only:
+        parser.error(
+            "--eval-only is of tools/train_net.py, with the plain config and MODEL.WEIGHTS "
+            ".../step2/model_final.pth"
+        )
     if args.step is not None:
         launch_script(main, args)
     else:

@@ -39,6 +39,7 @@ __all__ = ["Checkpointer", "CheckpointError", "set_earlier_run_aside"]
 logger = logging.getLogger("sssd")
 
 _NEWEST, _ALL = "last_checkpoint", "checkpoints.json"
+_COUNTS = "num_batches_tracked"  # of BatchNorm; torch fills it in where a file lacks it
 
 
 class CheckpointError(RuntimeError):
@@ -65,8 +66,9 @@ class Checkpointer(DetectionCheckpointer, _DataOnly):
     - a resume whose newest file is damaged goes on from the one before;
     - a resume must find all that was saved: the whole model and every checkpointable;
     - a file for evaluation must fill the whole model;
-    - a file to start from may leave heads untouched (fine-tuning), but not the backbone; of a
-      classifier, only the layer that makes the logits.
+    - a file to start from may leave heads untouched (fine-tuning), but not all of the backbone
+      below the pyramid, or any of it because of its shape; of a classifier, only the layer that
+      makes the logits.
     """
 
     def __init__(self, model: nn.Module, save_dir: str = "", **kwargs: Any) -> None:
@@ -251,7 +253,17 @@ class Checkpointer(DetectionCheckpointer, _DataOnly):
         elif hasattr(self.model, "classifier_keys"):
             bad = not self.model.classifier_keys.issuperset(missing)
         else:
-            bad = len(missing) == num_keys or any("backbone" in key for key, _, _ in shapes)
+            backbone = {
+                key
+                for key in self.model.state_dict()
+                if key.startswith("backbone.bottom_up.") and not key.endswith(_COUNTS)
+            }
+            bad = (
+                len(missing) == num_keys
+                or any("backbone" in key for key, _, _ in shapes)
+                # Some may be new, such as the offsets of deformable convolutions.
+                or (bool(backbone) and backbone.issubset(missing))
+            )
         if bad:
             if shapes:
                 key, found, expected = shapes[0]

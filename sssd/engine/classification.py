@@ -26,6 +26,7 @@ from ..evaluation.topk import TASK
 from ..weights_file import read_checkpoint_file
 from .hooks import TermWeights
 from .optimizer import hold_frozen_parameters
+from .precise_bn import RunningParts
 from .processes import file_of_main
 from .rehearsal import rehearse
 from .trainer import Trainer
@@ -112,8 +113,9 @@ class ClassificationTrainer(Trainer):
         # First, so that every writer of the same iteration finds the values.
         return [TermWeights(self.checkpointer.model), *super().build_hooks()]
 
-    def with_precise_bn(self, model: nn.Module) -> nn.Module:
-        return _Classifying(self.checkpointer.model)
+    def running_parts(self) -> RunningParts:
+        model = self.checkpointer.model
+        return RunningParts(model.classifying, model.forward)
 
     @staticmethod
     def is_averaged(task: str) -> bool:
@@ -129,19 +131,6 @@ class ClassificationTrainer(Trainer):
         finally:
             model.learner = 0
             self._trainer.prefix = ""
-
-
-class _Classifying(nn.Module):
-    """Of a distiller, what an evaluation runs: other terms have layers that a pass without
-    gradients leaves out, and PreciseBN would take that for a batch of zeros."""
-
-    def __init__(self, distiller: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(distiller.classifying)
-        self._pass = distiller.forward
-
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        return self._pass(batched_inputs)
 
 
 class _Repeated:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .averaging import AVERAGED
 from .checkpoint import Checkpointer
-from .config_file import load_config, load_lazy_config
+from .config_file import default_config, load_config, load_lazy_config, read_keys
 from .export_classifier import export_classifier
 from .files import write_whole
 
@@ -59,6 +59,7 @@ def export_student(checkpoint: str, config_file: str, output: str, averaged: boo
     entry = AVERAGED if averaged else "model"
     lazy = _is_lazy(config_file)
     cfg = load_lazy_config(config_file) if lazy else load_config(config_file)
+    device = None if lazy else read_keys(config_file).get("MODEL", {}).get("DEVICE")
     if not lazy and cfg.MODEL.META_ARCHITECTURE == "ClassificationDistiller":
         return export_classifier(checkpoint, cfg, output, entry)
     config = _student_config(cfg)
@@ -69,6 +70,7 @@ def export_student(checkpoint: str, config_file: str, output: str, averaged: boo
         model = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
         path = os.path.join(output, "config.yaml")
         config.MODEL.WEIGHTS = weights
+        config.MODEL.DEVICE = device or default_config().MODEL.DEVICE  # not this machine's
         config.OUTPUT_DIR = output
 
     # Built and loaded whole, so that what is written is known to fit.

@@ -26,6 +26,8 @@ class DistillationMetrics(HookBase):
 
     def after_step(self) -> None:
         storage = self.trainer.storage
+        if self._model.last_coefficient is None:
+            return  # the first iteration was skipped
         coefficient = float(self._model.last_coefficient)
         storage.put_scalar("loss_distill/coefficient", coefficient, smoothing_hint=False)
         latest = storage.latest()

@@ -28,6 +28,10 @@ _FREE_ON_RESUME = (
     "MODEL.WEIGHTS",
     "MODEL.DEVICE",
     "MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH",
+    "MODEL.SSSD.SOLVER.MAX_SKIPPED",
+    "MODEL.SSSD.SOLVER.BATCH_PARTS",
+    "MODEL.SSSD.COCO_DATASETS",
+    "MODEL.SSSD.COEFFICIENT.MILESTONES",  # of the schedule, which may change
 )
 # Their keys are free, so that they are compared as a whole.
 _FREE_SECTIONS = ("NETWORK_OPTIONS",)

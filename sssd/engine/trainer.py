@@ -24,6 +24,7 @@ from .checkpoint import Checkpointer, CheckpointError, set_earlier_run_aside
 from .explained import explained
 from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
+from .precise_bn import RunningParts
 from .processes import distributed, from_main
 from .setup import check_datasets, describe_distillation
 from .training_hooks import save_last_good, training_hooks
@@ -54,7 +55,7 @@ class Trainer(DefaultTrainer):
         logger_of_detectron2 = logging.getLogger("detectron2")
         if not logger_of_detectron2.isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = _scaled_to_workers(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         keys = cfg.MODEL.SSSD.SOLVER
@@ -144,10 +145,10 @@ class Trainer(DefaultTrainer):
         # A teacher from random weights would be evaluated without a word.
         return ["sssd"] if _evaluates_teacher(cfg, model) else []
 
-    def with_precise_bn(self, model: nn.Module) -> nn.Module:
-        """What TEST.PRECISE_BN computes running statistics of: all of its layers have to run in a
-        pass in training mode without gradients."""
-        return model
+    def running_parts(self) -> RunningParts:
+        """What TEST.PRECISE_BN computes running statistics of."""
+        model = self.checkpointer.model
+        return RunningParts([getattr(model, "student", model)], model.forward)
 
     def build_hooks(self) -> list[HookBase]:
         cfg, model = self.cfg, self._trainer.model
@@ -157,7 +158,7 @@ class Trainer(DefaultTrainer):
             loaders["precise_bn"] = self.build_train_loader(without_workers(cfg))
             precise_bn = hooks.PreciseBN(
                 cfg.TEST.EVAL_PERIOD,
-                self.with_precise_bn(model),
+                self.running_parts(),
                 loaders["precise_bn"],
                 cfg.TEST.PRECISE_BN.NUM_ITER,
             )
@@ -199,7 +200,11 @@ class Trainer(DefaultTrainer):
             set_earlier_run_aside(self.cfg.OUTPUT_DIR)
         super().resume_or_load(resume)
         first_step = self.cfg.MODEL.SSSD.TEACHER.WEIGHTS
-        if first_step and not (resume and self.checkpointer.has_checkpoint()):
+        if (
+            first_step
+            and isinstance(self.checkpointer.model, SelfDistiller)
+            and not (resume and self.checkpointer.has_checkpoint())
+        ):
             logger.info(f"Teacher, FPN and heads are those of {first_step}.")
             initialise_second_step(self.checkpointer.model, first_step)
 
@@ -240,3 +245,22 @@ def without_workers(cfg: CfgNode) -> CfgNode:
 
 def _evaluates_teacher(cfg: CfgNode, model: nn.Module) -> bool:
     return isinstance(model, SelfDistiller) and cfg.MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH
+
+
+def _scaled_to_workers(cfg: CfgNode) -> CfgNode:
+    """Detectron2's scaling by SOLVER.REFERENCE_WORLD_SIZE, and that of what sssd counts in
+    iterations."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    factor = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
+    if factor == 1:
+        return scaled
+    frozen = scaled.is_frozen()
+    scaled.defrost()
+    phases, coefficient = scaled.MODEL.SSSD.PHASES, scaled.MODEL.SSSD.COEFFICIENT
+    if not phases.SCALE_TO_MAX_ITER:
+        for name in ("NO_DISTILL_ITERS", "FREEZE_BACKBONE_ITERS", "DISTILL_OFF_ITERS"):
+            phases[name] = round(factor * phases[name])
+    coefficient.MILESTONES = [round(factor * x) for x in coefficient.MILESTONES]
+    if frozen:
+        scaled.freeze()
+    return scaled

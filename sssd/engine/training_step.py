@@ -42,8 +42,8 @@ class TrainingStep(SimpleTrainer):
     - float16 (with a loss scale) and bfloat16, on GPUs and on the CPU;
     - the gradients of several batches are averaged before the update;
     - a loss or gradient that is not finite stops the run, or is skipped up to ``max_skipped``
-      times. Nothing of a skipped iteration stays: neither weights, optimizer and running
-      statistics, nor the averages of a share controller;
+      times. Of a skipped iteration neither weights, optimizer and running statistics nor the
+      averages of a share controller keep anything;
     - losses and the norm of the gradient leave the device together, once in an iteration.
     """
 
@@ -241,12 +241,16 @@ class _ForwardState:
     """What a pass in training mode moves: running statistics and a share controller's averages."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, (_NormBase, ShareController))]
-        self._buffers = [b for m in layers for b in m.buffers(recurse=False)]
-        self._kept = [torch.empty_like(b) for b in self._buffers]
+        self._layers = [m for m in model.modules() if isinstance(m, (_NormBase, ShareController))]
+        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     @torch.no_grad()
     def keep(self) -> None:
+        # PreciseBN puts other tensors in their places.
+        self._buffers = [b for m in self._layers for b in m.buffers(recurse=False)]
+        if len(self._kept) != len(self._buffers):
+            self._kept = [torch.empty_like(b) for b in self._buffers]
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
 

@@ -45,7 +45,17 @@ def build_distiller_parts(cfg: CfgNode) -> dict[str, Any]:
         "teacher_precision": teacher.pop("precision"),
         "activation_checkpoint": teacher.pop("activation_checkpoint"),
     }
-    del teacher["weights"]
+    weights = teacher.pop("weights")
+    if weights and teacher["name"] != "label_map":
+        raise ValueError(
+            f"MODEL.SSSD.TEACHER.WEIGHTS is {weights!r}, which is for LabelEnc's second step, and "
+            f"MODEL.SSSD.TEACHER.NAME is {teacher['name']!r}: leave it empty."
+        )
+    if how["activation_checkpoint"] and teacher["name"] == "label_map":
+        raise ValueError(
+            "MODEL.SSSD.TEACHER.ACTIVATION_CHECKPOINT computes the teacher twice, and that of "
+            "MODEL.SSSD.TEACHER.NAME 'label_map' draws at random: set it to False."
+        )
     if teacher["name"] != "label_encoding":
         own = _options(keys.get(teacher["name"].upper(), {}))
         teacher = {"name": teacher["name"], "frozen": teacher["frozen"], **own}

@@ -41,10 +41,11 @@ def _quicker(layer: ROIAlign) -> Callable[[Tensor, Tensor], Tensor]:
 
     def pool(maps: Tensor, regions: Tensor) -> Tensor:
         if maps.device.type != "cpu":
-            return forward(maps, regions)
+            # Detectron2 gives the regions the maps' precision, and bfloat16's has 4 pixels at 512.
+            return forward(maps.float(), regions.float()).to(maps.dtype)
         return roi_align(
             maps,
-            regions.to(maps.dtype),  # as torchvision under autocast
+            regions,
             output_size=layer.output_size,
             spatial_scale=layer.spatial_scale,
             sampling_ratio=layer.sampling_ratio,

@@ -240,11 +240,11 @@ class LabelMapTeacher(nn.Module):
         return torch.Generator().manual_seed(self._seed + self._num_draws)
 
     def get_extra_state(self) -> Tensor:
-        """How often scales were drawn, so that a resumed run goes on where it was."""
-        return torch.tensor(self._num_draws)
+        """How often scales were drawn, and from which seed: a resumed run goes on where it was."""
+        return torch.tensor([self._num_draws, self._seed])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._num_draws = int(state)
+        self._num_draws, self._seed = state.tolist()
 
 
 def fpn_state(teacher: LabelMapTeacher) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def test_a_name_that_ends_in_a_digit_is_a_name(surroundings, own_terms):
 @pytest.mark.parametrize(
     "spec",
     [
-        {"name": "one", "layer": "layer3", "branches": 2.5},
+        {"name": "one", "layer": "layer3", "branches": "3"},
         {"name": "own_teacher", "layers": [["a", "a"]], "deepest": "layer3"},
     ],
 )

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.modeling import build_model
 
 import sssd_compat
@@ -170,3 +171,15 @@ def test_fcos_is_exported_as_a_lazy_config(tmp_path, block, distilled):
         output / "lazy_config.yaml"
     ).read_text()
     assert again.endswith("lazy_config.yaml")
+
+
+def test_the_device_is_that_of_the_training_and_not_of_the_machine_that_exports(tmp_path):
+    cfg = tiny_config()
+    train_and_save(tmp_path, cfg)
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text().replace("DEVICE: cpu", "DEVICE: cuda"))
+    path = export_student(
+        str(tmp_path / "run/model_final.pth"), str(config), str(tmp_path / "student")
+    )
+    with open(path) as file:
+        assert yaml.safe_load(file)["MODEL"]["DEVICE"] == "cuda"

@@ -226,3 +226,18 @@ def test_both_steps_with_the_trainer_and_a_resume(tmp_path):
     saved = torch.load(tmp_path / "output/step2/model_final.pth", weights_only=True)
     plain = build_model(tiny_config(distilled=False))
     plain.load_state_dict(saved["model"], strict=True)
+
+
+def test_a_teacher_that_draws_is_not_computed_twice():
+    with pytest.raises(ValueError, match=r"ACTIVATION_CHECKPOINT .*draws at random: set it to Fal"):
+        build(step(1, "MODEL.SSSD.TEACHER.ACTIVATION_CHECKPOINT", True))
+    with pytest.raises(ValueError, match=r"TEACHER\.WEIGHTS is 'x.pth', .* 'label_encoding'"):
+        build(tiny_config("MODEL.SSSD.TEACHER.WEIGHTS", "x.pth"))
+
+
+def test_what_is_drawn_goes_on_after_a_resume_without_a_seed():
+    first, second = (build(step(1), seed=seed).teacher for seed in (0, 1))
+    first._next_generator()
+    second.load_state_dict(first.state_dict())
+    draws = [teacher._next_generator().initial_seed() for teacher in (first, second)]
+    assert draws[0] == draws[1]

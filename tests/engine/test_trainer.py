@@ -127,18 +127,17 @@ def test_resume_restores_optimizer_training_parts_and_iteration(config, schedule
 
 
 def test_the_best_value_survives_a_resume(config):
-    cfg = config()
+    cfg = config("TEST.EVAL_PERIOD", 2)
     trainer = run(cfg)
     best = next(h for h in trainer._hooks if type(h).__name__ == "BestCheckpointer")
-    assert best.best_metric is not None
-    resumed = Trainer(config("SOLVER.MAX_ITER", 6))
-    resumed._hooks[[type(h).__name__ for h in resumed._hooks].index("BestCheckpointer")]
-    checkpoint = load(cfg, "model_final.pth")
-    checkpoint["trainer"]["hooks"]["BestCheckpointer"] = best.state_dict()
-    torch.save(checkpoint, os.path.join(cfg.OUTPUT_DIR, "model_best.pth"))
+    # Of iteration 1: that of the last is found after its checkpoint is saved.
+    saved = load(cfg, "model_0000003.pth")["trainer"]["hooks"]["BestCheckpointer"]
+    resumed = Trainer(config("TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 6))
     resumed.resume_or_load(resume=True)
     again = next(h for h in resumed._hooks if type(h).__name__ == "BestCheckpointer")
-    assert (again.best_metric, again.best_iter) == (best.best_metric, best.best_iter)
+    assert again.best_metric is not None and best.best_metric is not None
+    assert (again.best_metric, again.best_iter) == (saved["best_metric"], saved["best_iter"])
+    assert again.best_iter == 1
 
 
 @pytest.mark.parametrize("lost", ["sssd", "trainer"])
@@ -203,6 +202,12 @@ def test_weights_of_another_architecture_are_refused(config):
     checkpointer = Trainer(deeper).checkpointer
     with pytest.raises(CheckpointError, match=r"another architecture.*res2\.2.*is not in the file"):
         checkpointer.load(path, checkpointables=[], whole=True)
+    saved = torch.load(path, weights_only=True)
+    saved["model"] = {k: v for k, v in saved["model"].items() if "backbone" not in k}
+    heads = os.path.join(cfg.OUTPUT_DIR, "heads.pth")
+    torch.save({"model": saved["model"]}, heads)
+    with pytest.raises(CheckpointError, match=r"backbone.* is not in the file"):
+        checkpointer.load(heads, checkpointables=[])
     wider = Trainer(config("MODEL.FPN.OUT_CHANNELS", 32)).checkpointer
     with pytest.raises(CheckpointError, match=r"is \(16, \d+, 1, 1\) in the file and \(32"):
         wider.load(path, checkpointables=[])
@@ -283,6 +288,10 @@ def test_a_resume_with_another_config_is_refused(config):
     check_resumed_config(cfg)
     check_resumed_config(config("SOLVER.MAX_ITER", 100))  # longer is fine
     check_resumed_config(config("MODEL.SSSD.TEST.TEACHER_WITH_GROUND_TRUTH", True))
+    # What errors advise, where the data lie now, and what the schedule implies.
+    check_resumed_config(config("MODEL.SSSD.SOLVER.MAX_SKIPPED", 3))
+    check_resumed_config(config("MODEL.SSSD.SOLVER.BATCH_PARTS", 2))
+    check_resumed_config(config("MODEL.SSSD.COEFFICIENT.MILESTONES", [3]))
     with pytest.raises(CheckpointError, match=r"MODEL\.SSSD\.DISTANCE\.NAME was js and is mse"):
         check_resumed_config(config("MODEL.SSSD.DISTANCE.NAME", "mse"))
     with pytest.raises(CheckpointError, match=r"MODEL\.META_ARCHITECTURE was SelfDistiller"):
@@ -359,3 +368,46 @@ def test_the_mapper_with_ground_truth_resizes_as_at_test_time(config):
     dropped = DatasetMapper(cfg, is_train=False)(copy.deepcopy(record))
     assert torch.equal(kept["image"], dropped["image"])
     assert len(kept["instances"]) == len(record["annotations"]) and "instances" not in dropped
+
+
+def test_a_first_iteration_that_a_detector_gives_up_can_be_skipped(config):
+    cfg = config("MODEL.SSSD.SOLVER.MAX_SKIPPED", 1, "SOLVER.CHECKPOINT_PERIOD", 100)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    trainer = Trainer(cfg)
+    student = trainer.checkpointer.model.student
+    forward, calls = student.forward, []
+
+    def give_up_once(batch):
+        calls.append(trainer.iter)
+        if len(calls) == 1:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+        return forward(batch)
+
+    student.forward = give_up_once
+    trainer.train()
+    assert calls == [0, 1, 1, 2, 2, 3, 3]  # both passes of those that were not skipped
+
+
+def test_phases_follow_the_schedule_that_is_scaled_to_the_workers(config):
+    opts = (
+        "SOLVER.REFERENCE_WORLD_SIZE", 2, "MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 2,
+        "MODEL.SSSD.PHASES.FREEZE_BACKBONE_ITERS", 1, "MODEL.SSSD.COEFFICIENT.SCHEDULE", "step",
+        "MODEL.SSSD.COEFFICIENT.VALUES", [1.0, 2.0], "MODEL.SSSD.COEFFICIENT.MILESTONES", [3],
+        "SOLVER.IMS_PER_BATCH", 4,
+    )  # fmt: skip
+    trainer = Trainer(config(*opts))  # one worker, so twice as many iterations of half the batch
+    model = trainer.checkpointer.model
+    assert trainer.max_iter == model.phases.max_iter == 8
+    assert (model.phases.no_distill_iters, model.phases.freeze_backbone_iters) == (4, 2)
+    assert [model.schedule(i) for i in (5, 6)] == [1.0, 2.0]
+    scaled = Trainer(config(*opts, "MODEL.SSSD.PHASES.SCALE_TO_MAX_ITER", True,
+                            "MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 90000))  # fmt: skip
+    assert scaled.checkpointer.model.phases.no_distill_iters == 4  # by itself, and once
+
+
+def test_precise_bn_measures_the_student_alone(config):
+    trainer = Trainer(config())
+    parts = {id(module) for module in trainer.running_parts().modules()}
+    model = trainer.checkpointer.model
+    assert {id(module) for module in model.student.modules()} <= parts
+    assert not {id(module) for module in model.teacher.modules()} & parts

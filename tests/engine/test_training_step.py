@@ -253,3 +253,13 @@ def test_what_a_failed_iteration_leaves_repeats_it(tmp_path):
     assert again == losses[3:] and message_again == message
     assert torch.equal(dump_again["batches"][0][0]["image"], batch[0]["image"])
     assert not os.path.exists(tmp_path / "model_0000003.pth")
+
+
+def test_statistics_that_precise_bn_has_replaced_are_put_back_too():
+    step = make([FOUR])
+    step.model.norm.running_mean = torch.tensor([5.0])  # as fvcore's update_bn_stats does
+    step._forward_state.keep()
+    step.model.norm(torch.ones(4, 1))
+    assert step.model.norm.running_mean.item() != 5.0
+    step._forward_state.put_back()
+    assert step.model.norm.running_mean.item() == 5.0

@@ -5,6 +5,10 @@ import torch
 from torchvision.ops import roi_align as torchvision_roi_align
 
 import sssd  # noqa: F401  (before Detectron2: it applies the compatibility layer)
+
+# isort: split
+from detectron2.layers import ROIAlign
+
 from sssd.meta_arch import pooling
 from sssd.meta_arch.pooling import pooled_over_cells, roi_align
 from tests.detectors import build, losses_at, tiny_config, training_batch
@@ -145,3 +149,23 @@ def test_half_precision_is_torchvisions_under_autocast():
     assert pooled.dtype == expected.dtype == torch.bfloat16
     # Sums are rounded to the same 8 bits, from the one side or from the other.
     torch.testing.assert_close(pooled, expected, atol=1e-6, rtol=2**-7)
+
+
+def test_maps_of_half_precision_are_pooled_where_the_regions_are():
+    # bfloat16 has 4 pixels between neighbours at 1001.3.
+    class Pooler(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.align = ROIAlign((7, 7), SCALE, 0, aligned=True)
+
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(1, 5, 40, 300, generator=generator).bfloat16()
+    regions = torch.tensor([[0, 1001.3, 33.3, 1025.7, 60.1]])
+    pooler = Pooler()
+    exact = pooler.align(maps.float(), regions)
+    with pooled_over_cells(pooler):
+        pooled = pooler.align(maps, regions)
+    assert pooled.dtype == torch.bfloat16
+    torch.testing.assert_close(pooled.float(), exact, atol=0.02, rtol=0.02)
+    rounded = pooler.align(maps.float(), regions.bfloat16().float())
+    assert (rounded - exact).abs().max() > 0.5  # what it would be otherwise

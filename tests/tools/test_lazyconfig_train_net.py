@@ -206,6 +206,8 @@ def test_train_resume_evaluate(tmp_path):
     ap = next(x["bbox/AP"] for x in reversed(lines) if "bbox/AP" in x)
     assert f"copypaste: {ap:.4f}," in third.stdout
 
+    nothing = run(tmp_path, "--eval-only", random)
+    assert nothing.stderr.strip().splitlines()[-1].startswith("error: There is nothing to evaluate")
     missing = run(tmp_path, "--eval-only", "train.init_checkpoint=nowhere.pth")
     assert missing.returncode != 0
     assert missing.stderr.strip().splitlines()[-1].startswith("error: The checkpoint nowhere.pth")

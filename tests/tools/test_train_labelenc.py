@@ -81,3 +81,11 @@ def test_one_command_runs_both_steps_and_stops_at_a_failure(tmp_path, monkeypatc
     (tmp_path / "step1" / "model_final.pth").touch()
     statuses[:] = [0]
     assert both("--resume") == (0, ["2"])
+
+
+def test_evaluation_is_another_scripts(monkeypatch, capsys):
+    script = str(REPOSITORY / "tools/train_labelenc.py")
+    monkeypatch.setattr(sys, "argv", [script, "--eval-only"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "--eval-only is of tools/train_net.py" in capsys.readouterr().err
