@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from ..weights_file import WeightsFileError, read_weights_file
+from .options import explained_options
 
 __all__ = ["build_network", "classifier_of", "load_network_weights"]
 
@@ -38,14 +39,9 @@ def build_network(name: str, *, num_classes: int, in_chans: int = 3, **kwargs: A
             below 1, or a network of torchvision was asked for other than 3 channels.
         ImportError: timm is not installed.
     """
-    try:
+    fix = "correct MODEL.SSSD.CLASSIFIER.NETWORK_OPTIONS"
+    with explained_options(f"The network {name!r}", kwargs, fix):
         return _build(name, num_classes, in_chans, kwargs)
-    except TypeError as error:
-        given = ", ".join(f"{option} {value!r}" for option, value in kwargs.items())
-        raise ValueError(
-            f"The network {name!r} cannot be made with {given or 'its defaults'} ({error}): "
-            "correct MODEL.SSSD.CLASSIFIER.NETWORK_OPTIONS."
-        ) from error
 
 
 def _build(name: str, num_classes: int, in_chans: int, kwargs: Mapping[str, Any]) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..losses import coefficient_schedule
 from .batch import Batch
+from .options import explained_options
 from .surroundings import Surroundings
 
 __all__ = [
@@ -198,14 +199,9 @@ def build_terms(specs: Sequence[TermSpec], surroundings: Surroundings, max_iter:
         while key in terms:
             count += 1
             key = f"{name}{count}"
-        try:
+        fix = "correct the types of its options"
+        with explained_options(f"The term {name!r}", options, fix):
             terms[key] = cls(surroundings, **options)
-        except TypeError as error:
-            given = ", ".join(f"{option} {value!r}" for option, value in options.items())
-            raise ValueError(
-                f"The term {name!r} cannot be made with {given or 'its defaults'} ({error}): "
-                "correct the type of its options."
-            ) from error
         weights[key] = _weight(name, weight, max_iter)
     return Terms(terms, weights)
 

@@ -123,3 +123,11 @@ def test_timm_is_needed_only_to_build():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
     )
     assert "timm, which is not installed: run pip install 'sssd[classification]'" in run.stdout
+
+
+@pytest.mark.parametrize("options", [{"foo": 1}, {"drop_rate": "a"}])
+def test_options_that_a_network_does_not_take_are_one_sentence(options):
+    with pytest.raises(
+        ValueError, match=r"The network 'resnet10t' cannot be made with .*NETWORK_OPT"
+    ):
+        build_network("resnet10t", num_classes=3, **options)

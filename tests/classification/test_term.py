@@ -111,7 +111,9 @@ def test_a_name_that_ends_in_a_digit_is_a_name(surroundings, own_terms):
     ],
 )
 def test_an_option_of_another_type_is_one_sentence(surroundings, spec):
-    with pytest.raises(ValueError, match=f"The term '{spec['name']}' cannot be made with .* type"):
+    with pytest.raises(
+        ValueError, match=f"The term '{spec['name']}' cannot be made with .*types of its options"
+    ):
         make_terms(surroundings, spec)
 
 
