@@ -42,7 +42,8 @@ def _quicker(layer: ROIAlign) -> Callable[[Tensor, Tensor], Tensor]:
     def pool(maps: Tensor, regions: Tensor) -> Tensor:
         if maps.device.type != "cpu":
             # Detectron2 gives the regions the maps' precision, and bfloat16's has 4 pixels at 512.
-            return forward(maps.float(), regions.float()).to(maps.dtype)
+            wide = _in_single(maps)
+            return forward(wide, regions.to(wide.dtype)).to(maps.dtype)
         return roi_align(
             maps,
             regions,
@@ -53,6 +54,11 @@ def _quicker(layer: ROIAlign) -> Callable[[Tensor, Tensor], Tensor]:
         )
 
     return pool
+
+
+def _in_single(maps: Tensor) -> Tensor:
+    """Half precision as single; what is wider stays as it is."""
+    return maps if maps.dtype == torch.float64 else maps.float()
 
 
 def roi_align(
@@ -83,7 +89,7 @@ def roi_align(
     channels, height, width = maps.shape[1:]
     if not len(regions):
         return maps.new_zeros(0, channels, rows, columns) + 0 * maps.sum()  # (with its graph)
-    wide = maps if maps.dtype == torch.float64 else maps.float()
+    wide = _in_single(maps)
     cells, weights, counts = [], [], []
     for part in regions.split(_REGIONS):
         images = part[:, 0].long()
