@@ -117,9 +117,7 @@ def main(args: argparse.Namespace) -> None:
         return
     model = instantiate(cfg.model).to(cfg.train.device)
     checkpointer = Checkpointer(model, cfg.train.output_dir)
-    path = cfg.train.init_checkpoint
-    if args.resume and checkpointer.has_checkpoint():
-        path = checkpointer.get_checkpoint_file()
+    path = checkpointer.last_file_or(cfg.train.init_checkpoint, args.resume)
     if not path:
         raise CheckpointError(
             "There is nothing to evaluate: name a checkpoint in train.init_checkpoint, or give "

@@ -96,7 +96,7 @@ def report(args: argparse.Namespace) -> None:
     views = [view_pyramids(model, image) for image in inputs]
     highest = max(level.distance.max() for view in views for level in view.levels.values())
     reports, stems = [], [Path(record["file_name"]).stem for record in records]
-    for record, mapped, view in zip(records, inputs, views, strict=True):
+    for name, record, mapped, view in zip(stems, records, inputs, views, strict=True):
         image = detection_utils.read_image(record["file_name"], "RGB")
         found = {"student": view.student, "teacher, with the ground truth": view.teacher}
         if baseline is not None:
@@ -106,7 +106,6 @@ def report(args: argparse.Namespace) -> None:
         for title, instances in found.items():
             kept = instances[instances.scores >= args.threshold].to("cpu")
             pictures.append(draw_boxes(title, image, kept, classes))
-        name = Path(record["file_name"]).stem
         if stems.count(name) > 1:  # of other folders
             name += f"_{record['image_id']}"
         reports.append(PictureReport(name, pictures, draw_levels(view, highest)))

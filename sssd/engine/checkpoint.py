@@ -149,6 +149,12 @@ class Checkpointer(DetectionCheckpointer, _DataOnly):
         """Whether the main process finds one."""
         return from_main(super().has_checkpoint())
 
+    def last_file_or(self, path: str, resume: bool) -> str:
+        """With ``resume``, the last checkpoint of the folder, where there is one; else ``path``."""
+        if resume and self.has_checkpoint():
+            return from_main(self.get_checkpoint_file())
+        return path
+
     def _listed_files(self) -> list[str]:
         """The checkpoints of the run that are there, oldest first."""
         files: list[str] = []

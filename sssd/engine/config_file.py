@@ -21,6 +21,7 @@ from ..data import register_coco_datasets
 
 __all__ = [
     "ConfigError",
+    "changed_keys",
     "default_config",
     "flat_keys",
     "load_config",
@@ -111,6 +112,8 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
 
 
 _MOST_VALUES = 100_000
+# Their keys are free, so that they are compared as a whole.
+_FREE_SECTIONS = ("NETWORK_OPTIONS",)
 _MISFITS = (
     AssertionError,
     AttributeError,
@@ -213,6 +216,24 @@ def _misfit(error: Exception, cfg: CfgNode | None) -> str:
             return f"{key} is {value}, and has to be keys and values"
         return f"{key} is {value}, and has to be a {wanted} (such as {before or repr(before)})"
     return text.rstrip(".") or type(error).__name__
+
+
+def changed_keys(config_file: str, cfg: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between a config that was written and the one of now.
+
+    Two versions of Detectron2 have different keys: of interest are those of both.
+
+    Args:
+        config_file: what ``cfg.dump()`` wrote.
+
+    Returns:
+        Key -> its value before, and now.
+    """
+    with open(config_file) as file:
+        before = flat_keys(yaml.safe_load(file), whole=_FREE_SECTIONS)
+    now = flat_keys(yaml.safe_load(cfg.dump()), whole=_FREE_SECTIONS)
+    common = before.keys() & now.keys()
+    return {key: (before[key], now[key]) for key in common if before[key] != now[key]}
 
 
 def flat_keys(node: Any, prefix: str = "", whole: Sequence[str] = ()) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from glob import escape, glob
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -15,7 +14,7 @@ from ..meta_arch import SelfDistiller
 from ..meta_arch.build import student_num_classes
 from .checkpoint import CheckpointError
 from .config_check import check_values
-from .config_file import flat_keys, load_config
+from .config_file import changed_keys, load_config
 from .output import begin_output
 from .processes import on_main
 
@@ -33,8 +32,6 @@ _FREE_ON_RESUME = (
     "MODEL.SSSD.COCO_DATASETS",
     "MODEL.SSSD.COEFFICIENT.MILESTONES",  # of the schedule, which may change
 )
-# Their keys are free, so that they are compared as a whole.
-_FREE_SECTIONS = ("NETWORK_OPTIONS",)
 
 
 def setup(args: Any, change: Callable[[CfgNode], CfgNode] | None = None) -> CfgNode:
@@ -83,18 +80,15 @@ def check_resumed_config(cfg: CfgNode) -> None:
     begun = [name for name in ("", "*") if glob(os.path.join(folder, name, "last_checkpoint"))]
     if not begun or not os.path.isfile(path):
         return
-    with open(path) as f:
-        before = flat_keys(yaml.safe_load(f), whole=_FREE_SECTIONS)
-    now = flat_keys(yaml.safe_load(cfg.dump()), whole=_FREE_SECTIONS)
-    changed = [
-        key
-        for key in before.keys() & now.keys()  # two versions of Detectron2 have different keys
-        if before[key] != now[key]
-        and (key.startswith("MODEL.") or key == "DATASETS.TRAIN")
-        and key not in _FREE_ON_RESUME
-    ]
+    changed = {
+        key: values
+        for key, values in changed_keys(path, cfg).items()
+        if (key.startswith("MODEL.") or key == "DATASETS.TRAIN") and key not in _FREE_ON_RESUME
+    }
     if changed:
-        differences = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in sorted(changed))
+        differences = ", ".join(
+            f"{key} was {before} and is {now}" for key, (before, now) in sorted(changed.items())
+        )
         raise CheckpointError(
             f"{cfg.OUTPUT_DIR} holds a run with another config ({differences}); resume it with the "
             "config that it was started with, or choose another OUTPUT_DIR."

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
@@ -20,7 +19,7 @@ from .classification import (
     check_classification_data,
     teacher_of_main,
 )
-from .config_file import flat_keys
+from .config_file import changed_keys
 from .files import write_whole
 from .output import check_output_folder
 from .processes import file_of_main, from_main, on_main
@@ -87,13 +86,8 @@ def _is_complete(stage: Stage, *, alone: bool) -> bool:
     path = os.path.join(stage.cfg.OUTPUT_DIR, _CONFIG)
     if not os.path.isfile(path):
         return True
-    with open(path) as file:
-        before = flat_keys(yaml.safe_load(file))
-    now = flat_keys(yaml.safe_load(stage.cfg.dump()))
     changed = [
-        key
-        for key in before.keys() & now.keys()
-        if before[key] != now[key] and key.startswith(("SOLVER.", "DATASETS.TEST"))
+        key for key in changed_keys(path, stage.cfg) if key.startswith(("SOLVER.", "DATASETS.TEST"))
     ]
     if any(key.startswith("SOLVER.") for key in changed) and not alone:
         raise CheckpointError(

@@ -25,7 +25,7 @@ from .explained import explained
 from .labelenc import initialise_second_step
 from .optimizer import build_optimizer
 from .precise_bn import RunningParts
-from .processes import distributed, from_main
+from .processes import distributed
 from .setup import check_datasets, describe_distillation
 from .training_hooks import save_last_good, training_hooks
 from .training_step import TrainingStep
@@ -127,9 +127,7 @@ class Trainer(DefaultTrainer):
         """
         model = cls.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-        path = cfg.MODEL.WEIGHTS
-        if resume and checkpointer.has_checkpoint():
-            path = from_main(checkpointer.get_checkpoint_file())
+        path = checkpointer.last_file_or(cfg.MODEL.WEIGHTS, resume)
         if not path:
             raise CheckpointError(
                 "There are no weights to evaluate: set MODEL.WEIGHTS to a checkpoint, or add "

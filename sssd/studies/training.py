@@ -125,35 +125,33 @@ def train(
         TrainingStopped: it was told to end.
     """
     with _locked(output, training) as lock:
-        return _train(plan, training, folder, output, tools, environment, processes, lock)
-
-
-def _train(plan, training, folder, output, tools, environment, processes, lock) -> dict[str, Any]:
-    settings = _settings(training)  # of now: the config may be edited while it runs
-    _keep_only_what_continues(output, settings)
-    labelenc = _config(training).MODEL.SSSD.TEACHER.NAME == "label_map"
-    script = tools / ("train_labelenc.py" if labelenc else "train_net.py")
-    command = [
-        sys.executable, script, "--resume", "--config-file", training.config,
-        "SEED", training.seed, "OUTPUT_DIR", output, *training.options,
-    ]  # fmt: skip
-    with open(output / "console.txt", "a") as console:
-        status = processes.run(
-            list(map(str, command)),
-            env={**os.environ, **environment},
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock,),  # it holds the folder, also when it outlives this process
-        )
-    if status in _STOPS:
-        raise TrainingStopped(f"{training.name} was stopped")
-    if status:
-        lines = (output / "console.txt").read_text(errors="replace").strip().splitlines()
-        reason = lines[-1] if lines else f"status {status}"
-        if status < 0:
-            reason = f"ended by {signal.Signals(-status).name}"
-        raise TrainingFailed(f"{training.name} has failed ({reason}); see {output / 'console.txt'}")
-    return _keep(plan, training, settings, folder, output, "step2" if labelenc else "")
+        settings = _settings(training)  # of now: the config may be edited while it runs
+        _keep_only_what_continues(output, settings)
+        labelenc = _config(training).MODEL.SSSD.TEACHER.NAME == "label_map"
+        script = tools / ("train_labelenc.py" if labelenc else "train_net.py")
+        command = [
+            sys.executable, script, "--resume", "--config-file", training.config,
+            "SEED", training.seed, "OUTPUT_DIR", output, *training.options,
+        ]  # fmt: skip
+        with open(output / "console.txt", "a") as console:
+            status = processes.run(
+                list(map(str, command)),
+                env={**os.environ, **environment},
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock,),  # it holds the folder, also when it outlives this process
+            )
+        if status in _STOPS:
+            raise TrainingStopped(f"{training.name} was stopped")
+        if status:
+            lines = (output / "console.txt").read_text(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else f"status {status}"
+            if status < 0:
+                reason = f"ended by {signal.Signals(-status).name}"
+            raise TrainingFailed(
+                f"{training.name} has failed ({reason}); see {output / 'console.txt'}"
+            )
+        return _keep(plan, training, settings, folder, output, "step2" if labelenc else "")
 
 
 def _config(training: Training) -> CfgNode:
