@@ -84,7 +84,7 @@ def compare_detectors(args: argparse.Namespace) -> None:
     finally:
         print(f"\n{detection.write_studies(studies, folder, args.only)}")
     if failures:
-        sys.exit("\n".join(f"error: {failure}" for failure in failures))
+        sys.exit("\n".join(f"error: {failure}." for failure in failures))
 
 
 def compare_classifiers(args: argparse.Namespace) -> None:
@@ -101,7 +101,7 @@ def compare_classifiers(args: argparse.Namespace) -> None:
     finally:
         classification.write_tables(methods, folder)
     if failures:
-        sys.exit("\n".join(f"error: {failure}" for failure in failures))
+        sys.exit("\n".join(f"error: {failure}." for failure in failures))
     if not complete:
         sys.exit("compare: the time is over; give the command again to go on.")
 

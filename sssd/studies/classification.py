@@ -24,7 +24,7 @@ from .classification_plan import (
     trial_runs,
 )
 from .classification_run import execute
-from .progress import complete
+from .progress import complete, failure
 from .tables import comparison_rows, markdown_table
 from .training import TrainingFailed
 
@@ -44,7 +44,8 @@ def run_comparison(
         hours: after which no run begins.
 
     Returns:
-        A sentence for each run that has failed; and whether the time was enough.
+        A sentence for each run that has failed, without its full stop; and whether the time was
+        enough.
 
     Raises:
         TrainingFailed: a process was killed.
@@ -102,7 +103,7 @@ def _complete(pool, plan, runs, folder, scratch, jobs, deadline, failures) -> bo
         except BrokenProcessPool as error:
             raise TrainingFailed(f"{run.name} has failed: its process was killed.") from error
         except (FloatingPointError, OSError, ValueError) as error:
-            failures.append(f"{run.name} has failed ({error})")
+            failures.append(failure(run.name, error))
             return failures[-1]
         accuracy = record["validation"][plan.metric]
         return f"{run.name}: {accuracy:.2f} on validation, {record['seconds']:.0f} s"

@@ -11,7 +11,7 @@ from typing import Any
 from ..engine.signals import limit_time
 from .figures import draw_study
 from .plan import VARIATION, Plan, Training
-from .progress import complete
+from .progress import complete, failure
 from .report import study_tables, variants_of
 from .training import Processes, TrainingFailed, TrainingStopped, check, read_record, train
 from .variation import variation_text
@@ -43,7 +43,7 @@ def run_studies(
         hours: that it may take; None for no limit.
 
     Returns:
-        A sentence for each run that has failed.
+        A sentence for each run that has failed, without its full stop.
 
     Raises:
         ValueError: a run cannot begin, because of its config.
@@ -71,7 +71,7 @@ def run_studies(
         except (TrainingFailed, TrainingStopped) as error:
             failures.append(str(error))
         except (OSError, ValueError) as error:  # a full disk, a config that was edited meanwhile
-            failures.append(f"{training.name} has failed ({error})")
+            failures.append(failure(training.name, error))
         else:
             return f"{training.name}: {figure:.2f} {plan.metric} on {plan.validation}"
         return failures[-1]

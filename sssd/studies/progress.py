@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
-__all__ = ["complete"]
+from ..disk import complaint
+
+__all__ = ["complete", "failure"]
 
 Run = TypeVar("Run")
 
@@ -50,3 +52,9 @@ def complete(
             left = (time.time() - start) / done * (total - done)
             print(f"{line}; {done}/{total}, about {left / 60:.0f} min left", flush=True)
     return True
+
+
+def failure(name: str, error: Exception) -> str:
+    """What to say of a run that an error has ended; a sentence without its full stop."""
+    reason = complaint(error) if isinstance(error, OSError) else str(error).removesuffix(".")
+    return f"{name} has failed: {reason}"

@@ -234,7 +234,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(plan, tmp_path, monkeypa
     failures, in_time = classification.run_comparison(
         plan, tmp_path, tmp_path, jobs=1, hours=math.inf
     )
-    assert failures == ["digits/ce/trial0 has failed (loss is nan)"] and in_time
+    assert failures == ["digits/ce/trial0 has failed: loss is nan"] and in_time
     # The trials of everybody's settings, of which the others need the best.
     assert made == ["digits/ce/trial0", "digits/ce/trial1"]
 

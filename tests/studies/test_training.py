@@ -319,7 +319,9 @@ def test_a_disk_that_refuses_a_record_ends_one_run_alone(plan, tmp_path, monkeyp
     monkeypatch.setattr(detection, "train", full)
     failures = run_studies(plan, tmp_path, tmp_path / "scratch", TOOLS, places=[PLACE])
     plain = plan.trainings()[0].name
-    assert failures == [f"{plain} has failed ([Errno 28] No space left on device)"]
+    assert failures == [
+        f"{plain} has failed: A file cannot be written (No space left on device): make room"
+    ]
 
 
 def test_a_log_names_folders_by_what_they_are(tmp_path, monkeypatch):
