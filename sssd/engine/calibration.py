@@ -9,14 +9,13 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from .hooks import DistillationMetrics
+from .hooks import DistillationMetrics, logged_now
 from .processes import from_main
 from .trainer import Trainer
 
@@ -76,7 +75,8 @@ def measure(cfg: CfgNode, coefficient: float, iterations: int) -> ShortRun:
         iterations: of the run.
 
     Raises:
-        ValueError: the config trains no self-distilled detector, or has fewer iterations.
+        ValueError: the config trains no self-distilled detector, or has fewer iterations; or all
+            of them were skipped.
     """
     if cfg.MODEL.META_ARCHITECTURE != "SelfDistiller":
         raise ValueError(
@@ -96,6 +96,11 @@ def measure(cfg: CfgNode, coefficient: float, iterations: int) -> ShortRun:
     trainer.resume_or_load(resume=False)
     trainer.train()
     series = from_main(trainer.recorder.series)
+    if not series:
+        raise ValueError(
+            f"No loss of the {iterations} iterations is finite, so all were skipped and none is "
+            "measured: lower SOLVER.BASE_LR."
+        )
     return ShortRun(coefficient, *map(tuple, zip(*series, strict=True)))
 
 
@@ -240,10 +245,7 @@ class _Recorder(HookBase):
         self.series: list[tuple[float, float]] = []
 
     def after_step(self) -> None:
-        if not comm.is_main_process():
-            return
-        latest: dict[str, Any] = self.trainer.storage.latest()
-        if latest.get("total_loss", (0.0, -1))[1] != self.trainer.iter:
-            return  # skipped: a loss was not finite
-        detection = latest["total_loss"][0] - latest["loss_distill"][0]
-        self.series.append((detection, latest["loss_distill/distance"][0]))
+        logged = logged_now(self.trainer)
+        if "total_loss" in logged:
+            detection = logged["total_loss"] - logged["loss_distill"]
+            self.series.append((detection, logged["loss_distill/distance"]))

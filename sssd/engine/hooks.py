@@ -2,11 +2,20 @@
 
 from typing import Any
 
-from detectron2.engine import HookBase, hooks
+from detectron2.engine import HookBase, SimpleTrainer, hooks
 
 from ..losses import constant_coefficient
 
-__all__ = ["BestCheckpointer", "DistillationMetrics", "TermWeights"]
+__all__ = ["BestCheckpointer", "DistillationMetrics", "TermWeights", "logged_now"]
+
+
+def logged_now(trainer: SimpleTrainer) -> dict[str, float]:
+    """What the present iteration has logged so far, by name.
+
+    No losses, if it was skipped; and in processes besides the main one, which alone has them.
+    """
+    latest = trainer.storage.latest()
+    return {name: value for name, (value, logged_in) in latest.items() if logged_in == trainer.iter}
 
 
 class DistillationMetrics(HookBase):
@@ -30,12 +39,12 @@ class DistillationMetrics(HookBase):
             return  # the first iteration was skipped
         coefficient = float(self._model.last_coefficient)
         storage.put_scalar("loss_distill/coefficient", coefficient, smoothing_hint=False)
-        latest = storage.latest()
-        if "loss_distill" not in latest or "total_loss" not in latest:
-            return  # only the main process gathers the losses
+        logged = logged_now(self.trainer)
+        if "loss_distill" not in logged:
+            return
         if self._model.last_distance is None:
             return  # it was not computed
-        weighted, total = latest["loss_distill"][0], latest["total_loss"][0]
+        weighted, total = logged["loss_distill"], logged["total_loss"]
         # The logged loss is the mean over processes; with coefficient 0 there is only our own.
         distance = weighted / coefficient if coefficient else float(self._model.last_distance)
         storage.put_scalar("loss_distill/distance", distance)

@@ -187,6 +187,9 @@ def test_a_short_run_that_is_not_finite_saves_nothing(cfg):
     assert not os.path.exists(cfg.OUTPUT_DIR)
     cfg.MODEL.SSSD.SOLVER.MAX_SKIPPED = 100
     assert len(measure(cfg, 7.0, 8).detection) < 8  # of those that were not skipped
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.001, "MODEL.SSSD.TEACHER.LOSS_WEIGHT", 1e39])
+    with pytest.raises(ValueError, match="No loss of the 3 iterations is finite"):
+        measure(cfg, 7.0, 3)
 
 
 def test_a_share_that_is_none_is_refused(tool, capsys):

@@ -388,6 +388,23 @@ def test_a_first_iteration_that_a_detector_gives_up_can_be_skipped(config):
     assert calls[:7] == [0, 1, 1, 2, 2, 3, 3]  # both passes of those that were not skipped
 
 
+def test_a_skipped_iteration_has_no_share(config):
+    trainer = Trainer(config("MODEL.SSSD.SOLVER.MAX_SKIPPED", 1, "SOLVER.CHECKPOINT_PERIOD", 100))
+    student = trainer.checkpointer.model.student
+    forward = student.forward
+
+    def give_up_in_third(batch):
+        if trainer.iter == 2:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+        return forward(batch)
+
+    student.forward = give_up_in_third
+    trainer.train()
+    for name in ("loss_distill/share", "loss_distill/distance"):
+        logged = [iteration for _, iteration in trainer.storage.history(name).values()]
+        assert logged == [0, 1, *range(3, trainer.max_iter)]
+
+
 def test_phases_follow_the_schedule_that_is_scaled_to_the_workers(config):
     opts = (
         "SOLVER.REFERENCE_WORLD_SIZE", 2, "MODEL.SSSD.PHASES.NO_DISTILL_ITERS", 2,
