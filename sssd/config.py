@@ -39,6 +39,10 @@ def add_sssd_config(cfg: CN) -> None:
     cfg.MODEL.SSSD.TEACHER.WEIGHTS = ""
     # Factor on the detection losses of the teacher's pass.
     cfg.MODEL.SSSD.TEACHER.LOSS_WEIGHT = 1.0
+    # Whether these losses train the student's heads as well (LGD), or pass through them to the
+    # teacher alone (ours). With False and DETACH_APPEARANCE, the distance is all that the student
+    # gets from the teacher.
+    cfg.MODEL.SSSD.TEACHER.TRAINS_HEADS = True
     # "float32", or "bfloat16" for what only training needs: the teacher, its pass through the heads
     # and the student's adapter. The student's own pass keeps its precision. With SOLVER.AMP all has
     # that of SOLVER.AMP_PRECISION.

@@ -158,5 +158,7 @@ def train(
     torch.manual_seed(seed)
     model = build_model(cfg)
     batches = batches or [training_batch(i % 5) for i in range(steps)]
-    SimpleTrainer(model, batches, build_optimizer(cfg, model)).train(0, len(batches))
+    # The scripted focal loss rounds otherwise from its third call in a process on, as optimised.
+    with torch.jit.optimized_execution(False):
+        SimpleTrainer(model, batches, build_optimizer(cfg, model)).train(0, len(batches))
     return model

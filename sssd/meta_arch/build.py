@@ -42,6 +42,7 @@ def build_distiller_parts(cfg: CfgNode) -> dict[str, Any]:
     teacher, distance = _options(keys.TEACHER), _options(keys.DISTANCE)
     how = {
         "teacher_loss_weight": teacher.pop("loss_weight"),
+        "teacher_trains_heads": teacher.pop("trains_heads"),
         "teacher_precision": teacher.pop("precision"),
         "activation_checkpoint": teacher.pop("activation_checkpoint"),
     }

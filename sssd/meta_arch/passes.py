@@ -15,6 +15,7 @@ from torch import Tensor, nn
 __all__ = [
     "AnchorMatching",
     "captured_pyramid",
+    "constant_parameters",
     "forked_random_state",
     "frozen",
     "in_evaluation_mode",
@@ -156,6 +157,23 @@ def frozen(module: nn.Module, is_frozen: bool = True) -> Iterator[None]:
 
     with replaced_forward(module, forward_frozen):
         yield
+
+
+@contextmanager
+def constant_parameters(module: nn.Module) -> Iterator[None]:
+    """Gradients of what ``module`` computes inside reach its inputs, and none of its parameters.
+
+    Outside they are as they were: DistributedDataParallel, which has counted on those that need a
+    gradient, gets it from the other pass.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .logged_value import LoggedValue
 from .passes import (
     AnchorMatching,
     captured_pyramid,
+    constant_parameters,
     forked_random_state,
     frozen,
     replayed_pyramid,
@@ -40,7 +42,7 @@ class SelfDistiller(StudentWrapper):
     1. runs the student as it is and *captures* the pyramid of its backbone,
     2. lets the teacher turn the ground truth and that pyramid into a second one,
     3. *replays* the second pyramid through the same student, for the teacher's detection losses
-       (not when the teacher is frozen),
+       (not when the teacher is frozen), which train the heads too, unless they may not,
     4. adds ``coefficient * distance(student's pyramid, teacher's pyramid)``.
 
     In evaluation it is the student. Its state dict is the student's as well, so that checkpoints
@@ -62,6 +64,7 @@ class SelfDistiller(StudentWrapper):
         coefficient: Callable[[int], float] | ShareController,
         phases: Phases,
         teacher_loss_weight: float = 1.0,
+        teacher_trains_heads: bool = True,
         teacher_precision: str = "float32",
         activation_checkpoint: bool = False,
     ) -> None:
@@ -73,6 +76,7 @@ class SelfDistiller(StudentWrapper):
             coefficient: iteration -> weight of the distance, or a controller of its share.
             phases: when the student learns from the teacher, and when its backbone is frozen.
             teacher_loss_weight: factor on the detection losses of the teacher's pass.
+            teacher_trains_heads: whether they train the student's heads as well (LGD).
             teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
             activation_checkpoint: compute what teacher and adapter hold for their gradients
                 twice, instead of keeping it.
@@ -96,6 +100,7 @@ class SelfDistiller(StudentWrapper):
             self.schedule = coefficient
         self.phases = phases
         self.teacher_loss_weight = teacher_loss_weight
+        self.teacher_trains_heads = teacher_trains_heads
         self.teacher_precision = teacher_precision
         self.activation_checkpoint = activation_checkpoint
         # Raw distance and coefficient of the last training call, for the log.
@@ -221,6 +226,7 @@ class SelfDistiller(StudentWrapper):
                 computing_in(self.teacher_precision, self.device),
                 replayed_pyramid(self.student, pyramid),
                 pooled_over_cells(self.student),
+                nullcontext() if self.teacher_trains_heads else constant_parameters(self.student),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.
                 EventStorage(storage.iter) as events,

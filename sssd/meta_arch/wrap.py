@@ -23,6 +23,7 @@ def distill(
     teacher: nn.Module | Mapping[str, Any] | None = None,
     distance: Mapping[str, Any] | None = None,
     teacher_loss_weight: float = 1.0,
+    teacher_trains_heads: bool = True,
     teacher_precision: str = "float32",
     activation_checkpoint: bool = False,
 ) -> SelfDistiller:
@@ -42,6 +43,7 @@ def distill(
             (:class:`sssd.teacher.LabelEncodingTeacher`).
         distance: options of :class:`sssd.losses.PyramidDistillation`.
         teacher_loss_weight: factor on the detection losses of the teacher's pass.
+        teacher_trains_heads: whether they train the student's heads as well (LGD).
         teacher_precision: "float32", or "bfloat16" for teacher, its pass and the adapter.
         activation_checkpoint: compute what teacher and adapter hold for their gradients twice,
             instead of keeping it.
@@ -62,6 +64,7 @@ def distill(
         coefficient=coefficient,
         phases=phases,
         teacher_loss_weight=teacher_loss_weight,
+        teacher_trains_heads=teacher_trains_heads,
         teacher_precision=teacher_precision,
         activation_checkpoint=activation_checkpoint,
     )

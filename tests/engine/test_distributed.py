@@ -4,6 +4,7 @@ import sssd  # noqa: F401  (spawned processes import this first: the compatibili
 
 # isort: split
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ def configure(**options):
     )  # fmt: skip
 
 
-def train_one_rank(rank, port, folder):
+def train_one_rank(rank, port, folder, trains_heads):
     join(rank, port)
     cfg = configure()
+    cfg.MODEL.SSSD.TEACHER.TRAINS_HEADS = trains_heads
     torch.manual_seed(0)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -55,9 +57,10 @@ def train_one_rank(rank, port, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return run_two_ranks(train_one_rank, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=[True, False])
+def ranks(tmp_path_factory, request):
+    one_rank = partial(train_one_rank, trains_heads=request.param)
+    return run_two_ranks(one_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def test_both_processes_hold_the_same_weights_through_every_phase(ranks):

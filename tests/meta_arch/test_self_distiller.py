@@ -58,10 +58,13 @@ def test_teacher_loss_weight_scales_the_teacher_losses():
 # ---- Distillation off equals plain Detectron2 ----
 
 
-def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit():
+# The second teacher learns all the same; but nothing of it reaches the student.
+@pytest.mark.parametrize("key", [("LOSS_WEIGHT", 0.0), ("TRAINS_HEADS", False)])
+def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit(key):
     plain = train(tiny_config(distilled=False))
+    name, value = key
     off = train(
-        tiny_config("MODEL.SSSD.COEFFICIENT.VALUES", [0.0], "MODEL.SSSD.TEACHER.LOSS_WEIGHT", 0.0)
+        tiny_config("MODEL.SSSD.COEFFICIENT.VALUES", [0.0], f"MODEL.SSSD.TEACHER.{name}", value)
     )
     initial = build(tiny_config(distilled=False), seed=1)
     state = off.state_dict()
@@ -116,14 +119,50 @@ def test_last_iterations_without_distillation():
     assert all(g is None for g in grads(distill_gradients(cfg, iteration=90).student))
 
 
+@pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
-def test_teacher_loss_reaches_the_backbone_unless_appearance_is_detached(detach):
-    model = build(tiny_config("MODEL.SSSD.TEACHER.DETACH_APPEARANCE", detach))
+def test_teacher_loss_reaches_what_it_may(detach, heads):
+    model = build(
+        tiny_config(
+            "MODEL.SSSD.TEACHER.DETACH_APPEARANCE", detach, "MODEL.SSSD.TEACHER.TRAINS_HEADS", heads
+        )
+    )
     losses, _ = losses_at(model)
-    sum(v for k, v in losses.items() if k.startswith("teacher_")).backward()
+    teacher_loss = sum(v for k, v in losses.items() if k.startswith("teacher_"))
+    teacher_loss.backward(retain_graph=True)
     assert has_gradient(model.teacher)
-    assert has_gradient(model.student.roi_heads)  # one head, trained by both passes
+    for head in (model.student.proposal_generator, model.student.roi_heads):
+        assert has_gradient(head) is heads
     assert has_gradient(model.student.backbone) is not detach
+    sum(losses.values()).backward()  # those of the student reach all that is trained
+    assert all(p.grad is not None for p in model.student.parameters() if p.requires_grad)
+
+
+def test_heads_that_the_teacher_does_not_train_give_it_the_same_losses_and_gradients():
+    found = []
+    for heads in (True, False):
+        torch.manual_seed(0)
+        model = build(tiny_config("MODEL.SSSD.TEACHER.TRAINS_HEADS", heads))
+        torch.manual_seed(3)
+        losses, _ = losses_at(model)
+        sum(losses.values()).backward()
+        found.append((losses, grads(model.teacher), grads(model.student.backbone.bottom_up.res4)))
+    (losses, *gradients), (expected_losses, *expected_gradients) = found
+    assert losses.keys() == expected_losses.keys()
+    for name, value in losses.items():
+        assert torch.equal(value, expected_losses[name]), name
+    for part, expected in zip(gradients, expected_gradients, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, expected, strict=True))
+
+
+def test_an_error_in_the_teacher_pass_leaves_the_parameters_trainable():
+    model = build(tiny_config("MODEL.SSSD.TEACHER.TRAINS_HEADS", False))
+    before = [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        next(model.teacher.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="The teacher's maps"):
+        losses_at(model)
+    assert [p.requires_grad for p in model.parameters()] == before
 
 
 def test_every_parameter_is_in_the_graph_of_every_iteration():
