@@ -138,11 +138,13 @@ def test_teacher_loss_reaches_what_it_may(detach, heads):
     assert all(p.grad is not None for p in model.student.parameters() if p.requires_grad)
 
 
-def test_heads_that_the_teacher_does_not_train_give_it_the_same_losses_and_gradients():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_heads_that_the_teacher_does_not_train_give_it_the_same_losses_and_gradients(precision):
     found = []
     for heads in (True, False):
         torch.manual_seed(0)
-        model = build(tiny_config("MODEL.SSSD.TEACHER.TRAINS_HEADS", heads))
+        opts = ["MODEL.SSSD.TEACHER.PRECISION", precision]
+        model = build(tiny_config("MODEL.SSSD.TEACHER.TRAINS_HEADS", heads, *opts))
         torch.manual_seed(3)
         losses, _ = losses_at(model)
         sum(losses.values()).backward()
