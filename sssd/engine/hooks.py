@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 
 from ..losses import constant_coefficient
 
 __all__ = ["BestCheckpointer", "DistillationMetrics", "TermWeights", "logged_now"]
 
 
-def logged_now(trainer: SimpleTrainer) -> dict[str, float]:
+def logged_now(trainer: TrainerBase) -> dict[str, float]:
     """What the present iteration has logged so far, by name.
 
     No losses, if it was skipped; and in processes besides the main one, which alone has them.

@@ -160,13 +160,13 @@ def frozen(module: nn.Module, is_frozen: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def constant_parameters(module: nn.Module) -> Iterator[None]:
+def constant_parameters(module: nn.Module, are_constant: bool = True) -> Iterator[None]:
     """Gradients of what ``module`` computes inside reach its inputs, and none of its parameters.
 
     Outside they are as they were: DistributedDataParallel, which has counted on those that need a
     gradient, gets it from the other pass.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad] if are_constant else []
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

@@ -1,7 +1,6 @@
 """Self-distillation around a stock Detectron2 detector: capture, teach, replay, compare."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ class SelfDistiller(StudentWrapper):
     1. runs the student as it is and *captures* the pyramid of its backbone,
     2. lets the teacher turn the ground truth and that pyramid into a second one,
     3. *replays* the second pyramid through the same student, for the teacher's detection losses
-       (not when the teacher is frozen), which train the heads too, unless they may not,
+       (not when the teacher is frozen), which train its heads too, unless
+       ``teacher_trains_heads`` is False,
     4. adds ``coefficient * distance(student's pyramid, teacher's pyramid)``.
 
     In evaluation it is the student. Its state dict is the student's as well, so that checkpoints
@@ -226,7 +226,7 @@ class SelfDistiller(StudentWrapper):
                 computing_in(self.teacher_precision, self.device),
                 replayed_pyramid(self.student, pyramid),
                 pooled_over_cells(self.student),
-                nullcontext() if self.teacher_trains_heads else constant_parameters(self.student),
+                constant_parameters(self.student, not self.teacher_trains_heads),
                 forked_random_state(self.device),
                 # Of its own, because pictures and histograms know no name scope.
                 EventStorage(storage.iter) as events,

@@ -259,7 +259,9 @@ def test_every_tool_names_a_folder_that_cannot_be_written(tool, whole, tmp_path)
     said = sentence(
         call(tmp_path, f"tools/{tool}.py", *TOOLS[tool].format(locked, **values).split())
     )
-    assert str(locked) in said and "(Permission denied): give the permission" in said
+    of_run = "digits/ce/trial0 has failed: " if tool == "compare" else ""
+    assert f"error: {of_run}{locked}" in said
+    assert "(Permission denied): give the permission" in said
 
 
 PLAN = """

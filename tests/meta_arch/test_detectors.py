@@ -88,13 +88,12 @@ def test_evaluation_is_bit_equal_to_the_stock_detector(detector):
         assert torch.equal(value, other), name
 
 
-@pytest.mark.parametrize("key", [("LOSS_WEIGHT", 0.0), ("TRAINS_HEADS", False)])
+@pytest.mark.parametrize(("key", "value"), [("LOSS_WEIGHT", 0.0), ("TRAINS_HEADS", False)])
 @pytest.mark.parametrize("detector", DENSE)
-def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit(detector, key):
+def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit(detector, key, value):
     batches = [batch_with_empty_image(detector, i % 4) for i in range(18)]
     batches[3] = batches[7] = [training_input(0), training_input(0, 80, 64)]
-    name, value = key
-    off = ["MODEL.SSSD.COEFFICIENT.VALUES", [0.0], f"MODEL.SSSD.TEACHER.{name}", value]
+    off = ["MODEL.SSSD.COEFFICIENT.VALUES", [0.0], f"MODEL.SSSD.TEACHER.{key}", value]
     cfg = tiny_config(detector=detector, distilled=False)
     plain = train(cfg, batches)
     switched_off = train(tiny_config(*off, detector=detector), batches)

@@ -58,13 +58,12 @@ def test_teacher_loss_weight_scales_the_teacher_losses():
 # ---- Distillation off equals plain Detectron2 ----
 
 
-# The second teacher learns all the same; but nothing of it reaches the student.
-@pytest.mark.parametrize("key", [("LOSS_WEIGHT", 0.0), ("TRAINS_HEADS", False)])
-def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit(key):
+# With the second, the teacher learns all the same; but nothing of it reaches the student.
+@pytest.mark.parametrize(("key", "value"), [("LOSS_WEIGHT", 0.0), ("TRAINS_HEADS", False)])
+def test_switched_off_distillation_equals_plain_detectron2_bit_for_bit(key, value):
     plain = train(tiny_config(distilled=False))
-    name, value = key
     off = train(
-        tiny_config("MODEL.SSSD.COEFFICIENT.VALUES", [0.0], f"MODEL.SSSD.TEACHER.{name}", value)
+        tiny_config("MODEL.SSSD.COEFFICIENT.VALUES", [0.0], f"MODEL.SSSD.TEACHER.{key}", value)
     )
     initial = build(tiny_config(distilled=False), seed=1)
     state = off.state_dict()
